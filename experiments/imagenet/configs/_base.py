@@ -1,0 +1,131 @@
+"""Every field of a training run, with its default, unit and meaning.
+
+A configuration file calls `get_config()` and changes values; it never adds
+fields. Code reads `config.x.y`, never `config.get("x", default)`.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def _data() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  # A name in `experiments.datasets.registry.DATASETS`.
+  c.name = "imagenet2012"
+  # TFDS folder; None means $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+  c.dir = config_dict.placeholder(str)
+  # TFDS split expressions. `valid_split` picks checkpoints and settings;
+  # `test_split` is read once, after training ("" means none).
+  c.train_split = "train"
+  c.valid_split = "validation"
+  c.test_split = ""
+  # Side of the square images that the model sees, in pixels.
+  c.image_size = 224
+  # Evaluation resizes the shorter side to image_size / crop_fraction.
+  c.crop_fraction = 0.875
+  # Random-resized-crop: the crop's share of the image area, and its aspect.
+  c.crop_area = (0.08, 1.0)
+  c.crop_ratio = (3 / 4, 4 / 3)
+  # Mirror half of the training images.
+  c.flip = True
+  # Pixel statistics (0 to 1) subtracted and divided on the device.
+  c.mean = (0.485, 0.456, 0.406)
+  c.std = (0.229, 0.224, 0.225)
+  # Worker processes that decode; 0 decodes in threads of the main process.
+  c.workers = 0
+  # Unreadable images that a run tolerates (distinct records) before it stops.
+  c.max_corrupt = 100
+  return c
+
+
+def _model() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  # A name from `vimjax.list_models()`.
+  c.name = "vim_tiny"
+  # Fields of the module to override; those listed here can be set from the
+  # command line. None keeps the variant's own value.
+  o = c.overrides = ml_collections.ConfigDict()
+  o.num_classes = 1000
+  o.image_size = config_dict.placeholder(int)
+  o.patch_size = config_dict.placeholder(int)
+  o.stride = config_dict.placeholder(int)
+  o.depth = config_dict.placeholder(int)
+  o.embed_dim = config_dict.placeholder(int)
+  o.drop_path_rate = config_dict.placeholder(float)
+  o.scan_layers = config_dict.placeholder(bool)
+  o.remat = config_dict.placeholder(bool)
+  o.scan_implementation = config_dict.placeholder(str)
+  # Computation dtype: "float32" or "bfloat16". Parameters are float32.
+  o.dtype = "float32"
+  return c
+
+
+def _optimizer() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  c.name = "adamw"
+  # Peak learning rate of a step at `batch_size`.
+  c.peak_lr = 1e-3
+  # Learning rates at the start of warm-up and at the end of training.
+  c.warmup_lr = 1e-6
+  c.final_lr = 1e-5
+  # Length of the linear warm-up, in epochs.
+  c.warmup_epochs = 5.0
+  c.schedule = "cosine"
+  # "epoch" holds the rate for an epoch, as timm does; "step" moves each step.
+  c.schedule_unit = "epoch"
+  c.b1 = 0.9
+  c.b2 = 0.999
+  c.eps = 1e-8
+  # Decoupled; 1-D parameters, biases, positional embeddings and the class
+  # token are not decayed (what the official code does; A_log is decayed).
+  c.weight_decay = 0.1
+  # Global norm that gradients are clipped to; 0 means no clipping.
+  c.clip_norm = 0.0
+  return c
+
+
+def _log() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  # Steps between lines in metrics.jsonl and TensorBoard.
+  c.every_steps = 50
+  c.tensorboard = True
+  c.progress_bar = True
+  # Draw learning curves and a grid of predictions as PNG at the end.
+  c.plots = False
+  return c
+
+
+def _checkpoint() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  # Epochs between checkpoints; one is also written at the end and on SIGTERM.
+  c.every_epochs = 1.0
+  # How many of the newest to keep, beside the best on `valid_split`.
+  c.keep = 2
+  return c
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The defaults: Vim-Ti's recipe on ImageNet-1k at a batch of 1024."""
+  c = ml_collections.ConfigDict()
+  # Seeds the initial parameters, the data order and every random choice.
+  c.seed = 0
+  # Images per step over all devices.
+  c.batch_size = 1024
+  # Images per evaluation step over all devices.
+  c.eval_batch_size = 1024
+  # Passes over `train_split`.
+  c.epochs = 300.0
+  # Epochs between evaluations on `valid_split`.
+  c.eval_every_epochs = 1.0
+  # Share of the target spread evenly over all classes.
+  c.label_smoothing = 0.1
+  # Decay per step of the averaged parameters; 0 keeps no average.
+  c.ema_decay = 0.99996
+  # Which parameters validation and the final result use: "model" or "ema".
+  c.eval_weights = "model"
+  c.data = _data()
+  c.model = _model()
+  c.optimizer = _optimizer()
+  c.log = _log()
+  c.checkpoint = _checkpoint()
+  return c
