@@ -9,12 +9,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partition
-from pallas_kernels.selective_scan import arguments, reference, xla_associative
+from pallas_kernels.selective_scan import (
+  arguments,
+  reference,
+  xla_associative,
+  xla_sequential,
+)
 
-Implementation = Literal["xla_associative", "reference"]
+Implementation = Literal["xla_sequential", "xla_associative", "reference"]
 
 IMPLEMENTATIONS: Final = {  # In order of preference.
   # "mosaic_gpu" comes here, first on NVIDIA GPUs.
+  "xla_sequential": dispatch.Impl(
+    function=xla_sequential.selective_scan, platforms=("cpu",)
+  ),
   "xla_associative": dispatch.Impl(function=xla_associative.selective_scan),
   "reference": dispatch.Impl(function=reference.selective_scan, platforms=()),
 }
