@@ -3,6 +3,7 @@
 from vimjax.layers.stack import stack_layers as stack_layers
 from vimjax.layers.stack import unstack_layers as unstack_layers
 from vimjax.models.vim import Vim as Vim
+from vimjax.preprocessing import preprocess as preprocess
 from vimjax.registry import create_model as create_model
 from vimjax.registry import get_variant as get_variant
 from vimjax.registry import list_models as list_models
