@@ -7,16 +7,13 @@ from typing import Final
 
 import tensorflow_datasets as tfds
 
-from experiments.datasets import digits, generated, records, tfds_records
-
-_GET_IMAGENET = """\
-To get it:
-  1. Register at https://image-net.org/download-images and download
-     ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into one folder.
-  2. python -m experiments.prepare_imagenet --tar_dir FOLDER --data_dir {root}
-If it lies elsewhere: --config.data.dir=FOLDER, or set TFDS_DATA_DIR.
-To train without ImageNet: `make demo`, which runs
-  python -m experiments.imagenet --config digits --workdir DIR"""
+from experiments.datasets import (
+  digits,
+  generated,
+  imagenet,
+  records,
+  tfds_records,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +45,10 @@ def _array_record(
   return lambda root: builder(data_dir=root, file_format="array_record")
 
 
-def imagenet_builder(root: str) -> tfds.core.DatasetBuilder:
-  """TFDS's own ImageNet-2012 builder, for array_record files under `root`."""
-  return tfds.builder("imagenet2012", data_dir=root, file_format="array_record")
-
-
 DATASETS: Final[dict[str, Dataset]] = {
   "imagenet2012": Dataset(
     "ILSVRC 2012: 1,281,167 train and 50,000 validation images",
-    _tfds(imagenet_builder, _GET_IMAGENET),
+    _tfds(imagenet.make_builder, imagenet.GET),
   ),
   "digits": Dataset(
     "1,797 handwritten digits, from inside scikit-learn",

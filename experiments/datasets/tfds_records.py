@@ -8,6 +8,8 @@ import fcntl
 import io
 import os
 import pathlib
+import shutil
+import sys
 import tempfile
 
 from array_record.python import array_record_module
@@ -68,7 +70,7 @@ def open_split(
   """
   root = data_root(data_dir)
   builder = _make_builder(make_builder, root)
-  if not builder.is_prepared():
+  if not is_prepared(builder):
     if how_to_get is not None:
       raise records.MissingDataError(_missing(builder, root, how_to_get))
     prepare(builder)
@@ -88,8 +90,9 @@ def _make_builder(make_builder: BuilderFn, root: pathlib.Path):
     # which names the folder.
     raise records.DataError(
       f"The data set in {root} cannot be opened: {error}\n"
-      "Only array_record files can be read. Delete its folder there or choose "
-      "another with --config.data.dir, and prepare it again."
+      "Only array_record files can be read. Prepare it in another folder "
+      "(--config.data.dir), or, if this one is damaged, delete it and prepare "
+      "it again."
     ) from error
 
 
@@ -105,49 +108,74 @@ def _missing(builder, root: pathlib.Path, how_to_get: str) -> str:
   return "\n".join(lines)
 
 
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+  """Whether the data set's metadata, which is written last, is there."""
+  # The builder's own method logs a warning when it is not.
+  folder = pathlib.Path(builder.data_dir)
+  return all(
+    (folder / name).exists() for name in ("dataset_info.json", "features.json")
+  )
+
+
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
   """Writes a small data set into its folder, unless another process did.
 
   TFDS writes into a temporary folder and renames it when complete, so an
   interruption leaves no half set; the lock makes a second process wait.
 
+  Args:
+    builder: Makes its data without asking the user for anything.
+
   Raises:
     DataError: The folder cannot be written, or the disk is full.
   """
-  with locked(pathlib.Path(builder.data_dir)):
-    if builder.is_prepared():
+  folder = pathlib.Path(builder.data_dir)
+  with locked(folder):
+    if is_prepared(builder):
       return
+    # A folder without metadata would pass for data that is there already.
+    shutil.rmtree(folder, ignore_errors=True)
     with (
       tempfile.TemporaryDirectory() as downloads,
       # TFDS announces itself on stdout, which belongs to the results.
       contextlib.redirect_stdout(io.StringIO()),
     ):
       tfds.disable_progress_bar()
-      builder.download_and_prepare(
-        download_dir=downloads, file_format=tfds.core.FileFormat.ARRAY_RECORD
-      )
+      try:
+        builder.download_and_prepare(
+          download_dir=downloads, file_format=tfds.core.FileFormat.ARRAY_RECORD
+        )
+      except RuntimeError as error:  # array_record's form of an OSError.
+        raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
-def locked(data_dir: pathlib.Path) -> Iterator[None]:
+def locked(folder: pathlib.Path) -> Iterator[None]:
   """Holds the lock of a data set's folder, which need not exist.
 
   Args:
-    data_dir: The folder of a version, `root/name/version`.
+    folder: The folder of a version, `root/name/version`.
+
+  Yields:
+    Nothing; the lock is held inside the `with` block, and waited for before.
 
   Raises:
-    DataError: An OSError came up while waiting or inside the block.
+    DataError: A file could not be written, inside the block too.
   """
   try:
-    data_dir.parent.mkdir(parents=True, exist_ok=True)
-    with open(data_dir.parent / f".{data_dir.name}.lock", "w") as file:
-      # Released by the system when the process ends, however it ends.
-      fcntl.flock(file, fcntl.LOCK_EX)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        print(f"Waiting: another process prepares {folder}", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+      # The system releases it when the process ends, however it ends.
       yield
   except OSError as error:
     raise records.DataError(
-      f"Cannot prepare the data set in {data_dir}: {error}. Free some space "
-      "or choose another folder with --config.data.dir."
+      f"Cannot write the data set into {folder}: {error}. Look at free space "
+      "and permissions, or choose another folder (--config.data.dir)."
     ) from error
 
 
