@@ -80,11 +80,10 @@ def make_tensor(key: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
   """The recipe's value for an official key, float32."""
   if key.endswith("num_batches_tracked"):
     return np.zeros(shape, np.int64)
-  for pattern, offset, scale in _RECIPE:
-    if re.fullmatch(pattern, key):
-      break
-  else:
+  found = [rule[1:] for rule in _RECIPE if re.fullmatch(rule[0], key)]
+  if not found:
     raise KeyError(f"no recipe for {key}")
+  offset, scale = found[0]
   if scale is None and len(shape) == 1:
     offset, scale = 1.0, 0.3  # A norm's scale.
   elif scale is None:

@@ -1,8 +1,5 @@
 """Vim against the official model, and what our module adds to it."""
 
-import re
-
-import chex
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -11,9 +8,6 @@ import pytest
 
 from tests import golden_data
 import vimjax
-from vimjax.layers import conv
-from vimjax.layers import pos_embed
-from vimjax.models import vim
 from vimjax.weights import vim as vim_weights
 
 TINY = ("vim_mid", "vim_mid_stride8", "vim_frontcls", "vim_nocls_mean")
