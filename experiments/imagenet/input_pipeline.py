@@ -27,6 +27,7 @@ import numpy as np
 
 from experiments.datasets import records, registry
 from experiments.imagenet import transforms
+from vimjax import preprocessing
 
 Batch = dict[str, np.ndarray]
 
@@ -260,8 +261,6 @@ class _EvalSource:
     }
 
   def _load(self, index: int) -> dict | None:
-    from vimjax import preprocessing
-
     try:
       record = self._records[index]
       image = transforms.decode_pillow(record["image"])
