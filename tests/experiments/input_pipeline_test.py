@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -308,6 +309,7 @@ def test_loading_needs_no_tensorflow_and_no_device(config):
   """A worker process that touched the GPU would take its memory."""
   code = f"""
 import sys
+import time
 from experiments.imagenet import input_pipeline
 from experiments.imagenet.configs import _base
 config = _base.get_config()
@@ -332,3 +334,56 @@ assert "tensorflow" not in sys.modules
     check=False,
   )
   assert done.returncode == 0, done.stderr
+
+
+def _runs(pid: int) -> bool:
+  try:
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+  except FileNotFoundError:
+    return False
+  return state.split()[0] not in "ZX"
+
+
+def test_workers_outlive_signals_to_the_group_but_not_their_run(
+  config, tmp_path
+):
+  script = tmp_path / "run.py"
+  script.write_text(f"""
+import multiprocessing, os, signal, time
+from experiments.imagenet import input_pipeline
+from experiments.imagenet.configs import _base
+if __name__ == "__main__":
+  config = _base.get_config()
+  config.data.dir = {config.data.dir!r}
+  config.data.name = "digits"
+  config.data.image_size = 8
+  config.data.workers = 2
+  config.batch_size = 4
+  batches = input_pipeline.train_batches(config)
+  next(batches)
+  workers = [c.pid for c in multiprocessing.active_children()]
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+    os.killpg(os.getpgid(0), number)
+  time.sleep(0.5)
+  for _ in range(20):
+    next(batches)
+  print(*workers, flush=True)
+  time.sleep(600)
+""")
+  registry.open_split("digits", "train", config.data.dir)
+  with subprocess.Popen(
+    [sys.executable, script],
+    env=os.environ | {"PYTHONPATH": str(_ROOT)},
+    stdout=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  ) as process:
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+  assert len(workers) == 2
+  deadline = time.monotonic() + 60
+  while any(_runs(pid) for pid in workers):
+    assert time.monotonic() < deadline, "the workers outlived their run"
+    time.sleep(0.1)
