@@ -45,8 +45,8 @@ def prepare(
 
   Raises:
     MissingDataError: A tar file is not there.
-    DataError: A tar file is truncated or is something else, or the disk is too
-      small, or the folder cannot be written.
+    DataError: A tar file is truncated or is something else.
+    OSError: The disk is too small, or the folder cannot be written.
   """
   root = tfds_records.data_root(data_dir)
   builder = imagenet.make_builder(str(root))
@@ -82,10 +82,9 @@ def _write(
   sizes = {s: path.stat().st_size for s, path in paths.items()}
   free = shutil.disk_usage(directory).free
   if free < sum(sizes.values()):
-    raise records.DataError(
-      f"The data set takes {sum(sizes.values()) / 1e9:.1f} GB, and only "
-      f"{free / 1e9:.1f} GB are free in {directory.parent}. Free some, or "
-      "choose another folder with --data_dir."
+    raise OSError(
+      f"it takes {sum(sizes.values()) / 1e9:.1f} GB, and only "
+      f"{free / 1e9:.1f} GB are free"
     )
   splits = []
   for split, tar in imagenet.TARS.items():
@@ -152,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except records.DataError as error:
     print(error, file=sys.stderr)
     return errors.ExitCode.BAD_DATA
+  except OSError as error:
+    print(error, file=sys.stderr)
+    return errors.ExitCode.IO_ERROR
   print(f"ImageNet-2012 is ready in {target}")
   return errors.ExitCode.FINISHED
 

@@ -65,7 +65,8 @@ def open_split(
 
   Raises:
     MissingDataError: It is not there, and `how_to_get` was given.
-    DataError: It is there but incomplete or damaged, or cannot be written.
+    DataError: It is there but incomplete or damaged.
+    OSError: It cannot be written, as when the disk is full; names the folder.
     ValueError: There is no such split, or it is empty.
   """
   root = data_root(data_dir)
@@ -127,7 +128,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     builder: Makes its data without asking the user for anything.
 
   Raises:
-    DataError: The folder cannot be written, or the disk is full.
+    OSError: The folder cannot be written, or the disk is full; names it.
   """
   folder = pathlib.Path(builder.data_dir)
   with locked(folder):
@@ -160,7 +161,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     Nothing; the lock is held inside the `with` block, and waited for before.
 
   Raises:
-    DataError: A file could not be written, inside the block too.
+    OSError: What went wrong with a file, inside the block too; names `folder`.
   """
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
       # The system releases it when the process ends, however it ends.
       yield
   except OSError as error:
-    raise records.DataError(
+    raise OSError(
       f"Cannot write the data set into {folder}: {error}. Look at free space "
       "and permissions, or choose another folder (--config.data.dir)."
     ) from error
