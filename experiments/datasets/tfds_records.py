@@ -70,12 +70,12 @@ def open_split(
     ValueError: There is no such split, or it is empty.
   """
   root = data_root(data_dir)
-  builder = _make_builder(make_builder, root)
+  builder = builder_at(make_builder, root)
   if not is_prepared(builder):
     if how_to_get is not None:
       raise records.MissingDataError(_missing(builder, root, how_to_get))
     prepare(builder)
-    builder = _make_builder(make_builder, root)
+    builder = builder_at(make_builder, root)
   _check_split(builder, split)
   _check_shards(builder, split)
   source = builder.as_data_source(split=split, decoders=_NO_DECODING)
@@ -83,7 +83,10 @@ def open_split(
   return records.Split(_TfdsRecords(source), tuple(names))
 
 
-def _make_builder(make_builder: BuilderFn, root: pathlib.Path):
+def builder_at(
+  make_builder: BuilderFn, root: pathlib.Path
+) -> tfds.core.DatasetBuilder:
+  """Makes a builder; raises DataError where its folder cannot be read."""
   try:
     return make_builder(str(root))
   except Exception as error:
