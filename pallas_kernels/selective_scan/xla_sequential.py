@@ -19,7 +19,8 @@ cotangent G of h[t] arrives as decay[t+1] G[t+1] and gains C[t] dy[t]; then
 h[t-1] comes from the buffer. (h[t] - delta[t] B[t] u[t] in place of
 decay[t] h[t-1] would need no buffer, but cancels where the state fades fast.)
 
-b batch, l length, d = g e channels, n state size, g groups, k groups in a block.
+b batch, l length, d = g e channels, n state size, g groups, k of them in a
+block.
 """
 
 import functools
@@ -380,8 +381,12 @@ def _position(s, l, options):
 def _over_blocks(state, function, carry):
   """Runs carry = function(block, carry) for all blocks."""
   b, n, g, e = state.shape
+  if b == 0:
+    return carry  # The body is traced all the same, and could slice nothing.
   fitting = _BLOCK_BYTES // (n * e * state.dtype.itemsize)
-  groups = max(k for k in range(1, g + 1) if g % k == 0 and k <= max(1, fitting))
+  groups = max(
+    k for k in range(1, g + 1) if g % k == 0 and k <= max(1, fitting)
+  )
   columns = g // groups
 
   def body(i, carry):

@@ -14,7 +14,9 @@ from tests.kernels import selective_scan_suite as suite
 
 def _largest_buffer(compiled) -> int:
   """Elements of the largest array in a compiled program."""
-  shapes = re.findall(r"\b(?:f32|f64|bf16|f16)\[([0-9,]+)\]", compiled.as_text())
+  shapes = re.findall(
+    r"\b(?:f32|f64|bf16|f16)\[([0-9,]+)\]", compiled.as_text()
+  )
   return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
@@ -48,7 +50,7 @@ class TestReference(suite.SelectiveScanSuite):
 
 class TestXlaAssociative(_BoundedMemorySuite):
   IMPLEMENTATION = "xla_associative"
-  MEMORY = 2.0
+  MEMORY = 3.0  # Some twenty arrays of an eighth of the tokens.
 
 
 class TestXlaSequential(_BoundedMemorySuite):
@@ -102,7 +104,7 @@ def _arrays(**changes):
     ({"B": jnp.zeros((2, 8, 0, 4))}, "the 0 groups of `B`"),
     (
       {"B": jnp.zeros((2, 8, 3, 4))},
-      r"`B` and `C` must have the same number of groups, got .*3.*1",
+      r"`B` and `C` must have the same number of groups, got .*3, 4\).*8, 4\)",
     ),
     ({"D": jnp.zeros((4,))}, r"`D` must have shape \(6,\) to match"),
     ({"delta_bias": jnp.zeros((6, 1))}, r"`delta_bias` must have .*\(6,\)"),
@@ -138,7 +140,5 @@ def test_wrong_types_are_named(changes, message):
 def test_final_state_is_returned_on_request():
   y = pallas_kernels.selective_scan(**_arrays())
   assert y.shape == (2, 8, 6)
-  y, state = pallas_kernels.selective_scan(
-    **_arrays(), return_final_state=True
-  )
+  y, state = pallas_kernels.selective_scan(**_arrays(), return_final_state=True)
   assert (y.shape, state.shape) == ((2, 8, 6), (2, 6, 4))
