@@ -462,16 +462,16 @@ def test_evaluation_and_rate_zero_need_no_rng():
 
 
 def test_bfloat16_computes_in_bfloat16_around_a_float32_stream():
-  model, variables, images, _ = _tiny("vim_mid")
+  model, variables, images, _ = _tiny("vim_mid", scan_layers=True)
   want = _apply(model, variables, images)
   explicit = model.clone(dtype="bfloat16")
   for run_model, x in ((explicit, images), (model, images.astype("bfloat16"))):
     logits, intermediates = _look_inside(run_model, variables, x)
     assert logits.dtype == jnp.float32
     chex.assert_tree_all_finite(logits)
-    # Measured: 0.04 of the largest logit. bfloat16 has 8 bits.
-    golden_data.assert_close(logits, np.asarray(want), relative=0.08)
-    layer = intermediates["layers_1"]
+    # Measured: 0.0095 of the largest logit; bfloat16 has 8 bits.
+    golden_data.assert_close(logits, np.asarray(want), relative=0.02)
+    layer = intermediates["layers"]
     assert layer["__call__"][0].dtype == jnp.float32
     assert layer["mixer"]["__call__"][0].dtype == jnp.bfloat16
     assert layer["mixer"]["forward_ssm"]["__call__"][0].dtype == jnp.bfloat16
