@@ -101,9 +101,9 @@ def selective_scan(
 
   Reverse-mode differentiable with respect to every array (more than once only
   with "xla_associative" and "reference"), under `jax.jit`, `jax.vmap`,
-  `jax.checkpoint` and `jax.shard_map`. On a mesh set by
-  `jax.set_mesh` it runs per shard over batch and channels; the rules are those
-  of `pallas_kernels.partition`. NaN and infinity propagate.
+  `jax.checkpoint` and `jax.shard_map`. On a mesh set by `jax.set_mesh` it runs
+  per shard over batch and channels; the rules are those of
+  `pallas_kernels.partition`. NaN and infinity propagate.
 
   Args:
     u: The input.
