@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -152,14 +151,9 @@ def test_limited_file_size_stops_the_run_with_its_checkpoints_intact(
   job, whole, copy
 ):
   before = job_lib.contents(copy / "checkpoints")
-  limit = 30_000  # Bytes; a checkpoint's largest file is ten times that.
-  code, _, err = job.run(
-    copy,
-    "--config.checkpoint.keep=5",
-    preexec_fn=lambda: resource.setrlimit(
-      resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)
-    ),
-  )
+  # 30 kB; a checkpoint's largest file is ten times that.
+  limit = ("bash", "-c", 'ulimit -f 30 && exec "$@"', "limit")
+  code, _, err = job.run(copy, "--config.checkpoint.keep=5", prefix=limit)
   assert code == 74, err
   assert "Could not write a checkpoint to" in err.splitlines()[-1]
   assert "disk full" in err

@@ -59,12 +59,17 @@ class Job:
     workdir: pathlib.Path,
     *arguments: str,
     config: Sequence[str] = TINY,
+    prefix: Sequence[str] = (),
     **options: Any,
   ) -> subprocess.Popen:
-    """Starts a run; see `subprocess.Popen` for the options."""
-    options = {"env": self.environment()} | options
+    """Starts a run, under the command `prefix` if there is one.
+
+    (Limits are set by such a command and not by `preexec_fn`, for which Python
+    would fork this process, with all of JAX's threads.)
+    """
     return subprocess.Popen(
       [
+        *prefix,
         sys.executable,
         "-m",
         "experiments.imagenet",
@@ -77,6 +82,7 @@ class Job:
       stderr=subprocess.PIPE,
       text=True,
       bufsize=1,
+      env=self.environment(),
       **options,
     )
 
