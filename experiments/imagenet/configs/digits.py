@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
   c = vim_tiny.get_config()
   c.batch_size = 64
   c.eval_batch_size = 360
-  c.epochs = 40.0
+  c.epochs = 60.0
   c.eval_every_epochs = 2.0
   # Averages over about five epochs; without it the validation accuracy jumps
   # by a few images from one evaluation to the next.
@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.model.overrides.stride = 2
   c.model.overrides.depth = 4
   c.model.overrides.embed_dim = 64
+  c.model.overrides.drop_path_rate = 0.1
 
   c.optimizer.peak_lr = 2e-3
   c.optimizer.warmup_epochs = 3.0
