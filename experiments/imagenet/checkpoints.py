@@ -14,10 +14,15 @@ accuracy, each in `checkpoints/STEP`. What `Checkpoints.restore` does:
    run without any checkpoint starts from the beginning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
+import gc
 import json
+import logging as python_logging
 import pathlib
+import sys
+import time
 from typing import Any
 import zlib
 
@@ -161,12 +166,12 @@ class Checkpoints:
     """
     damaged = {}
     for step in self.saved_steps():
-      try:
-        state, record = self.restore_step(step, shapes)
-      except Exception as error:
-        damaged[step] = _reason(error)
-        logging.warning("Skipped checkpoint %d: %s", step, damaged[step])
+      restored = self.restore_step(step, shapes)
+      if isinstance(restored, str):
+        damaged[step] = restored
+        logging.warning("Skipped checkpoint %d: %s", step, restored)
         continue
+      state, record = restored
       self._set_aside(damaged)
       self._policy.best_step = record.best_step
       self._saved_step = step
@@ -182,20 +187,28 @@ class Checkpoints:
 
   def restore_step(
     self, step: int, shapes: steps.State
-  ) -> tuple[steps.State, Record]:
-    """Restores one checkpoint, and checks that it is what was saved.
+  ) -> tuple[steps.State, Record] | str:
+    """Restores one checkpoint, if it is what was saved.
 
     Args:
       step: Which one.
       shapes: From `steps.state_shapes`.
 
     Returns:
-      The state and its record.
-
-    Raises:
-      Exception: It cannot be read (Orbax has many errors for that).
-      errors.CheckpointError: It can be read, but it was changed.
+      The state and its record; or the reason why the checkpoint is not sound.
     """
+    with _quiet():
+      try:
+        return self._read(step, shapes)
+      except Exception as error:  # Orbax has many kinds for damaged files.
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0][:200]}"
+      # What is left of the failed reads must go before the silence ends.
+      time.sleep(0.5)
+      gc.collect()
+      return reason
+
+  def _read(self, step: int, shapes: steps.State) -> tuple[steps.State, Record]:
     reader = ocp.Checkpointer(
       ocp.CompositeCheckpointHandler(
         state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
@@ -299,6 +312,22 @@ class Checkpoints:
       logging.warning("Moved damaged checkpoint %d to %s", step, target)
 
 
-def _reason(error: Exception) -> str:
-  lines = str(error).strip().splitlines() or [""]
-  return f"{type(error).__name__}: {lines[0][:200]}"
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Leaves the error that Orbax raises, without the pages that follow it.
+
+  At the first array that it cannot read, Orbax closes its event loop under the
+  reads of all others, each of which then complains to asyncio's log and to
+  `sys.unraisablehook`.
+  """
+  log = python_logging.getLogger("asyncio")
+  level, hook = log.level, sys.unraisablehook
+  log.setLevel(python_logging.CRITICAL + 1)
+  sys.unraisablehook = lambda info: logging.debug(
+    "while restoring: %s", info.exc_value
+  )
+  try:
+    yield
+  finally:
+    log.setLevel(level)
+    sys.unraisablehook = hook

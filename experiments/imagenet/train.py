@@ -306,16 +306,16 @@ def finish(
   step = record.step
   if record.best_step is not None and record.best_step != step:
     shapes = steps.state_shapes(run.model, run.tx, c, run.mesh)
-    try:
-      state, _ = run.checkpoints.restore_step(record.best_step, shapes)
-      step = record.best_step
-    except Exception as error:
+    restored = run.checkpoints.restore_step(record.best_step, shapes)
+    if isinstance(restored, str):
       logging.warning(
         "Cannot read the best checkpoint, step %d (%s); evaluating step %d",
         record.best_step,
-        str(error).splitlines()[:1],
+        restored,
         step,
       )
+    else:
+      state, step = restored[0], record.best_step
   split = c.data.test_split or c.data.valid_split
   corrupt = corrupt_lib.Corrupt(c.data.max_corrupt, record.corrupt)
   values = steps.evaluate(

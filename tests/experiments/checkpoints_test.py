@@ -12,6 +12,12 @@ import pytest
 
 from experiments.imagenet import checkpoints, errors, steps
 
+# Reads that Orbax leaves behind when it fails may end, with complaints, as late
+# as in the next test; see `checkpoints._quiet`.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
 
 def _state(seed):
   key = jax.random.key(seed)

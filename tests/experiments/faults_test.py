@@ -235,6 +235,23 @@ def test_without_a_sound_checkpoint_nothing_is_started_or_changed(job, copy):
   assert after == before
 
 
+def test_a_damaged_best_checkpoint_is_said_and_the_last_one_evaluated(
+  job, copy
+):
+  best = 40  # The last evaluation before `half` was stopped.
+  last = job_lib.saved_steps(copy)[-1]
+  _flip_a_bit(_data_file(copy, best))
+  # Shorter than the run already is: nothing is left but the result.
+  code, out, err = job.run(
+    copy, "--config.checkpoint.keep=5", "--config.epochs=2.0"
+  )
+  assert code == 0, err
+  assert f"Cannot read the best checkpoint, step {best}" in err
+  result = json.loads((copy / "result.json").read_text())
+  assert result["best_step"] == last
+  assert out.splitlines()[-1].startswith("test accuracy: ")
+
+
 def test_non_finite_loss_names_the_step_and_saves_nothing(job, copy):
   before = job_lib.contents(copy / "checkpoints")
   last = job_lib.saved_steps(copy)[-1]
