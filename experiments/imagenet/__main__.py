@@ -96,7 +96,12 @@ def _main(argv: list[str]) -> int:
   except records.DataError as error:
     return _fail(error, errors.ExitCode.BAD_DATA)
   except OSError as error:
-    return _fail(error, errors.ExitCode.IO_ERROR)
+    return _fail(
+      f"A file of the run or of its data cannot be read or written: {error}. "
+      "If the disk is full, make room. Earlier checkpoints are untouched: run "
+      "the same command again to go on.",
+      errors.ExitCode.IO_ERROR,
+    )
   return errors.ExitCode.FINISHED
 
 
