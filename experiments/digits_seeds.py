@@ -16,13 +16,10 @@ import pathlib
 import platform
 import subprocess
 import sys
-import time
 from typing import Any
 
 from experiments.imagenet import rundir
 from experiments.imagenet.configs import digits
-
-_SECONDS = "seconds.json"
 
 
 def run_seed(seed: int, folder: pathlib.Path) -> dict[str, Any]:
@@ -36,11 +33,9 @@ def run_seed(seed: int, folder: pathlib.Path) -> dict[str, Any]:
     subprocess.CalledProcessError: The run failed; it has said why.
   """
   if rundir.read_json(folder / rundir.RESULT) is None:
-    start = time.monotonic()
     command = [sys.executable, "-m", "experiments.imagenet"]
     command += ["--config", "digits", "--workdir", str(folder)]
     subprocess.run([*command, f"--config.seed={seed}"], check=True)
-    rundir.write_json(folder / _SECONDS, time.monotonic() - start)
   result = rundir.read_json(folder / rundir.RESULT)
   return {
     "seed": seed,
@@ -49,7 +44,6 @@ def run_seed(seed: int, folder: pathlib.Path) -> dict[str, Any]:
     "best_valid_accuracy": result["best_valid_accuracy"],
     "best_step": result["best_step"],
     "steps": result["total_steps"],
-    "seconds": rundir.read_json(folder / _SECONDS),
   }
 
 
