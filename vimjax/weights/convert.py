@@ -28,20 +28,31 @@ class Family:
   Attributes:
     rules: Official keys to our paths.
     ignored: Patterns of official keys without a place here, and why.
-    adapt: Fits arrays that depend on the image size to a model.
+    adapt: Fits arrays to a model: other layouts, other image sizes.
+    smallest_side: Side of a small image that a model takes.
     head: Official key of the classifier's weight, (classes, features), and all
       keys that a new classifier replaces.
   """
 
   rules: Sequence[rules.Rule]
   ignored: Mapping[str, str]
-  adapt: Callable[[Any, _StateDict], _StateDict]
+  adapt: Callable[[Any, _StateDict], _StateDict] = lambda _, arrays: arrays
+  smallest_side: Callable[[Any], int] = lambda _: 32
   head: tuple[str, ...] = ("head.weight", "head.bias")
 
 
 FAMILIES: Final[dict[type[nn.Module], Family]] = {
-  vim_model.Vim: Family(rules=vim.RULES, ignored=vim.IGNORED, adapt=vim.adapt),
+  vim_model.Vim: Family(
+    rules=vim.RULES,
+    ignored=vim.IGNORED,
+    adapt=vim.adapt,
+    smallest_side=lambda model: model.patch_size,
+  ),
 }
+
+# What wrappers put before every key: data parallelism, pre-training, and
+# classes of the `transformers` package.
+_PREFIXES: Final = ("module.", "encoder.", "model.")
 
 
 def convert_state_dict(
@@ -61,12 +72,15 @@ def convert_state_dict(
     model_or_name: A model, or a name for `create_model`. The variables have its
       layout, `scan_layers` included.
     state_dict: Official names to arrays (NumPy, or anything that `np.asarray`
-      takes, such as CPU tensors). A common prefix "module." is dropped.
+      takes, such as CPU tensors). "module.", "encoder." or "model." before
+      every key is dropped.
     image_size: The variables fit the model with this `image_size` instead.
+      Models without a positional embedding have the same for all sizes.
     rng: Key for a new classifier, as from `jax.random.key`.
 
   Returns:
-    {"params": ...}, on the default device, in the model's `param_dtype`.
+    {"params": ...} and, with batch norms, {"batch_stats": ...}, on the default
+    device, parameters in the model's `param_dtype`.
 
   Raises:
     ValueError: Keys are missing, unexpected or of the wrong shape or dtype (one
@@ -83,14 +97,17 @@ def convert_state_dict(
       f"convert_state_dict: expected a name or one of {known}, got {model!r}."
     )
   family = FAMILIES[type(model)]
-  scanned = model.scan_layers
-  fields: dict[str, Any] = dict(scan_layers=False, parent=None)
-  if image_size is not None:
+  has = registry.field_names(type(model))
+  scanned = "scan_layers" in has and model.scan_layers
+  fields: dict[str, Any] = {"scan_layers": False} if scanned else {}
+  if image_size is not None and "image_size" in has:
     fields["image_size"] = image_size
-  model = model.clone(**fields)
+  model = model.clone(parent=None, **fields)
 
   arrays = family.adapt(model, _arrays(state_dict))
-  wanted = _flat_params(model)
+  side = family.smallest_side(model)
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  wanted = _flat(jax.eval_shape(model.init, jax.random.key(0), image))
   fresh = {}
   if _needs_new_head(model, family, arrays):
     fresh = _new_head(model, family, arrays, rng)
@@ -102,34 +119,42 @@ def convert_state_dict(
       f"This state dict does not fit {type(model).__name__}:\n  "
       + "\n  ".join(problems)
     )
-  flat = jax.tree.map(jnp.asarray, params) | fresh
-  variables = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+  variables = _unflat(jax.tree.map(jnp.asarray, params) | fresh)
   return stack.stack_layers(variables) if scanned else variables
 
 
 def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
-  """Checks the structure, drops a common "module." and makes NumPy arrays."""
+  """Checks the structure, drops common prefixes and makes NumPy arrays."""
   nested = [k for k, v in state_dict.items() if isinstance(v, Mapping)]
   if nested:
     raise TypeError(
       f"convert_state_dict: {nested} are mappings, not arrays. Pass the state "
       f"dict inside, such as checkpoint[{nested[0]!r}]."
     )
-  prefix = "module."
-  cut = len(prefix) if all(k.startswith(prefix) for k in state_dict) else 0
-  return {key[cut:]: np.asarray(value) for key, value in state_dict.items()}
+  arrays = {key: np.asarray(value) for key, value in state_dict.items()}
+  while arrays:
+    common = [p for p in _PREFIXES if all(key.startswith(p) for key in arrays)]
+    if not common:
+      break
+    arrays = {k.removeprefix(common[0]): v for k, v in arrays.items()}
+  return arrays
 
 
-def _flat_params(model: nn.Module) -> dict[str, Any]:
-  """Our paths and what belongs there, without computing anything."""
-  variables = jax.eval_shape(model.init, jax.random.key(0), _smallest(model))
-  return traverse_util.flatten_dict(variables["params"], sep="/")
+def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Paths as in rules, where other collections than "params" come first."""
+  flat: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
+  return {path.removeprefix("params/"): leaf for path, leaf in flat.items()}
 
 
-def _smallest(model: Any) -> jax.ShapeDtypeStruct:
-  # Parameters do not depend on the images' size.
-  side = model.patch_size
-  return jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `_flat`."""
+  paths = (
+    path if path.startswith("batch_stats/") else f"params/{path}"
+    for path in flat
+  )
+  return traverse_util.unflatten_dict(
+    dict(zip(paths, flat.values(), strict=True)), sep="/"
+  )
 
 
 def _needs_new_head(model: Any, family: Family, arrays: _StateDict) -> bool:
@@ -157,9 +182,8 @@ def _new_head(
 
   @jax.jit  # So that XLA drops everything but the head.
   def init(key: Array) -> dict[str, Array]:
-    image = jnp.zeros(_smallest(model).shape)
-    params = model.init(key, image)["params"]
-    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    side = family.smallest_side(model)
+    flat = _flat(model.init(key, jnp.zeros((1, side, side, 3))))
     return {path: flat[path] for path in paths}
 
   return init(rng)

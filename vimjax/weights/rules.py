@@ -45,7 +45,8 @@ class Rule:
 
   Attributes:
     pattern: Regular expression that the whole official key matches.
-    path: Our path, "/" between levels; \1 stands for the first group.
+    path: Our path, "/" between levels; \1 stands for the first group. Under
+      "batch_stats/" are running statistics, all else are parameters.
     layout: How the array is stored.
   """
 
