@@ -114,6 +114,7 @@ def _examples(
   ) as bar:
     for example in imagenet.TARS[split].examples(path, bar.update):
       yield example["file_name"], dict(example)
+    bar.update(size - bar.n)  # Headers and padding.
 
 
 def main(argv: Sequence[str] | None = None) -> int:

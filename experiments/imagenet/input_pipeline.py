@@ -17,7 +17,10 @@ distinct ids and stopping at `config.data.max_corrupt` is up to the caller.
 
 from collections.abc import Iterator
 import dataclasses
+import multiprocessing
 import os
+import signal
+import threading
 
 from absl import flags
 import grain
@@ -27,10 +30,12 @@ import numpy as np
 
 from experiments.datasets import records, registry
 from experiments.imagenet import transforms
+from vimjax import preprocessing
 
 Batch = dict[str, np.ndarray]
 
-# Batches that each thread or worker process keeps ready.
+# Batches kept ready: by each worker process, or by all threads together beyond
+# those they work on.
 _BUFFERED = 2
 _MAX_THREADS = 16
 # "index" of the images that fill up the last evaluation batch.
@@ -260,8 +265,6 @@ class _EvalSource:
     }
 
   def _load(self, index: int) -> dict | None:
-    from vimjax import preprocessing
-
     try:
       record = self._records[index]
       image = transforms.decode_pillow(record["image"])
@@ -328,12 +331,27 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
     transforms.one_thread()
     threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     read = grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=threads * _BUFFERED
+      num_threads=threads, prefetch_buffer_size=threads + _BUFFERED
     )
     loader = dataset.to_iter_dataset(read)
   return iter(loader)
 
 
 def _start_worker(index: int, count: int) -> None:
+  """Makes a worker process live exactly as long as its run."""
   del index, count
   transforms.one_thread()
+  # Signals often go to the whole group (Ctrl-C, job schedulers). What they mean
+  # is for the main process to decide, which still needs batches to get to the
+  # end of its step; grain stops its workers by other means.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  # After `kill -9` of the main process nobody would stop them.
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+    os._exit(1)
