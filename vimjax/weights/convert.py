@@ -14,8 +14,10 @@ import numpy as np
 
 from vimjax import registry
 from vimjax.layers import stack
+from vimjax.models import deit as deit_model
+from vimjax.models import mambavision as mambavision_model
 from vimjax.models import vim as vim_model
-from vimjax.weights import rules, vim
+from vimjax.weights import deit, mambavision, rules, vim
 
 _LOG = logging.getLogger(__name__)
 _StateDict = dict[str, np.ndarray]
@@ -26,7 +28,7 @@ class Family:
   """How the checkpoints of one family are read.
 
   Attributes:
-    rules: Official keys to our paths.
+    rules: Official keys to our paths, for a model.
     ignored: Patterns of official keys without a place here, and why.
     adapt: Fits arrays to a model: other layouts, other image sizes.
     smallest_side: Side of a small image that a model takes.
@@ -34,7 +36,7 @@ class Family:
       keys that a new classifier replaces.
   """
 
-  rules: Sequence[rules.Rule]
+  rules: Callable[[Any], Sequence[rules.Rule]]
   ignored: Mapping[str, str]
   adapt: Callable[[Any, _StateDict], _StateDict] = lambda _, arrays: arrays
   smallest_side: Callable[[Any], int] = lambda _: 32
@@ -43,9 +45,18 @@ class Family:
 
 FAMILIES: Final[dict[type[nn.Module], Family]] = {
   vim_model.Vim: Family(
-    rules=vim.RULES,
+    rules=lambda _: vim.RULES,
     ignored=vim.IGNORED,
     adapt=vim.adapt,
+    smallest_side=lambda model: model.patch_size,
+  ),
+  mambavision_model.MambaVision: Family(
+    rules=lambda _: mambavision.RULES, ignored=mambavision.IGNORED
+  ),
+  deit_model.DeiT: Family(
+    rules=lambda _: deit.RULES,
+    ignored=deit.IGNORED,
+    adapt=deit.adapt,
     smallest_side=lambda model: model.patch_size,
   ),
 }
@@ -113,7 +124,9 @@ def convert_state_dict(
     fresh = _new_head(model, family, arrays, rng)
     arrays = {k: v for k, v in arrays.items() if k not in family.head}
     wanted = {k: v for k, v in wanted.items() if k not in fresh}
-  params, problems = rules.apply(family.rules, family.ignored, arrays, wanted)
+  params, problems = rules.apply(
+    family.rules(model), family.ignored, arrays, wanted
+  )
   if problems:
     raise ValueError(
       f"This state dict does not fit {type(model).__name__}:\n  "
@@ -177,7 +190,7 @@ def _new_head(
       "initialise a new head."
     )
   _LOG.warning("New head: %s.", change)
-  targets = [r.target(key) for key in family.head for r in family.rules]
+  targets = [r.target(key) for key in family.head for r in family.rules(model)]
   paths = [path for path in targets if path]
 
   @jax.jit  # So that XLA drops everything but the head.

@@ -113,7 +113,7 @@ def _fit(
     return value, [f"{key} has shape {value.shape}, expected {official}"]
   if not _is_float(value.dtype):
     return value, [f"{key} has dtype {value.dtype}, expected a float"]
-  return layout.to_ours(value).astype(leaf.dtype), []
+  return layout.to_ours(value).astype(leaf.dtype, copy=False), []
 
 
 def _is_float(dtype: np.dtype) -> bool:

@@ -1,17 +1,12 @@
 """Official Vim checkpoints: names, layouts and positional embeddings."""
 
-import logging
-import math
 from typing import Final
 
-import jax.numpy as jnp
 import numpy as np
 
-from vimjax.layers import pos_embed
+from vimjax.layers import images
 from vimjax.models import vim
-from vimjax.weights import rules
-
-_LOG = logging.getLogger(__name__)
+from vimjax.weights import pos_embed, rules
 
 _MIXER = r"layers\.(\d+)\.mixer\."
 _OURS = r"layers_\1/mixer/"
@@ -64,36 +59,9 @@ IGNORED: Final[dict[str, str]] = {}
 def adapt(
   model: vim.Vim, state_dict: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Resizes the positional embedding to the model's grid if it has another.
-
-  Raises:
-    ValueError: The checkpoint's grid cannot be told, as it is not square.
-  """
-  old = state_dict.get("pos_embed")
-  size = model.image_size
-  h, w = model.grid((size, size) if isinstance(size, int) else size)
-  new_row = model.class_row(h * w)
-  extra = new_row is not None
-  if old is None or old.ndim != 3 or old.shape[1] == h * w + extra:
-    return state_dict
-  patches = old.shape[1] - extra
-  side = math.isqrt(max(patches, 0))
-  if side == 0 or side * side != patches:
-    raise ValueError(
-      f"pos_embed has {old.shape[1]} rows, the model needs {h * w + extra} for "
-      f"a grid of {h}x{w}, and {patches} patches are not a square grid. "
-      "Convert with a model whose image_size is that of the checkpoint: it "
-      "takes images of any size."
-    )
-  old_row = model.class_row(patches)
-  if model.pos_embed_resize == "official" and extra:
-    old_row = new_row = 0
-  resized = pos_embed.resize(
-    jnp.asarray(old[0], jnp.float32),
-    (side, side),
-    (h, w),
-    old_class_row=old_row,
-    new_class_row=new_row,
-  )
-  _LOG.info("Resized pos_embed from %dx%d to %dx%d.", side, side, h, w)
-  return {**state_dict, "pos_embed": np.asarray(resized)[None]}
+  """Resizes the positional embedding to the model's grid if it has another."""
+  grid = model.grid(images.pair(model.image_size))
+  row = model.class_row
+  if model.pos_embed_resize == "official" and row(0) is not None:
+    row = lambda patches: 0
+  return pos_embed.fit(state_dict, grid, row)
