@@ -12,7 +12,8 @@ each image at most once in an order of its own, and leaves out the
 An unreadable image never raises here. The training stream puts the next
 readable record in its place and the evaluation stream masks it; both set
 "corrupt" and keep the unreadable record's own id in "index". Counting the
-distinct ids and stopping at `config.data.max_corrupt` is up to the caller.
+distinct ids and stopping at `config.data.max_corrupt` is up to the caller, to
+whom `why_unreadable` gives the reason.
 """
 
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def train_batches(
     ValueError: The batch is larger than the data set, or does not divide
       among the processes; or there is no such data set or split.
     records.DataError: The data is missing or damaged; says what to do.
+    OSError: The data cannot be written where it should be prepared.
   """
   index, count = _process(process_index, process_count)
   split = _open(config, config.data.train_split)
@@ -147,6 +149,26 @@ def class_names(config: ml_collections.ConfigDict) -> list[str] | None:
   return None if names is None else list(names)
 
 
+def why_unreadable(
+  config: ml_collections.ConfigDict, split: str, index: int
+) -> str | None:
+  """Says what is wrong with a record that a batch flagged as corrupt.
+
+  Args:
+    config: The run's configuration.
+    split: The split that the batch came from.
+    index: The record's id.
+
+  Returns:
+    The error that reading it gives, in a line; None if it can be read.
+  """
+  try:
+    _decode(_open(config, split).records, index)
+  except Exception as error:  # As in `_try_decode`.
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+  return None
+
+
 def _open(config: ml_collections.ConfigDict, split: str) -> records.Split:
   return registry.open_split(config.data.name, split, config.data.dir)
 
@@ -190,7 +212,7 @@ class _TrainSource:
 
   def __getitem__(self, index: int) -> dict:
     for position in range(index, index + self._tries + 1):
-      example = _decode(self._records, position % len(self))
+      example = _try_decode(self._records, position % len(self))
       if example is not None:
         break
     else:
@@ -202,15 +224,19 @@ class _TrainSource:
     }
 
 
-def _decode(source: records.Records, index: int) -> dict | None:
+def _try_decode(source: records.Records, index: int) -> dict | None:
   """A record with its image decoded; None if it is unreadable."""
   try:
-    record = source[index]
-    image = transforms.decode(record["image"])
+    return _decode(source, index)
   except Exception:
     # Damaged bytes make the libraries raise almost anything; a fault that is
     # not the record's shows as many unreadable records, which stop the run.
     return None
+
+
+def _decode(source: records.Records, index: int) -> dict:
+  record = source[index]
+  image = transforms.decode(record["image"])
   return {"image": image, "label": np.int32(record["label"])}
 
 
@@ -268,7 +294,7 @@ class _EvalSource:
     try:
       record = self._records[index]
       image = transforms.decode_pillow(record["image"])
-    except Exception:  # As in `_decode`.
+    except Exception:  # As in `_try_decode`.
       return None
     image = preprocessing.resize_and_crop(
       image, size=self._size, crop_fraction=self._crop_fraction

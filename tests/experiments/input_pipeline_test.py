@@ -292,6 +292,15 @@ class TestCorruptImages:
     assert set(joined["index"][joined["corrupt"]]) == _BAD
     assert set(joined["index"][joined["mask"]]) == set(range(24)) - _BAD
 
+  def test_reasons_can_be_asked_for(self, config):
+    def why(index):
+      return input_pipeline.why_unreadable(config, "train", index)
+
+    assert why(0) is None
+    assert "truncated" in why(3)
+    assert "cannot identify image" in why(19)
+    assert "hash mismatch" in why(11)
+
   def test_a_set_without_a_readable_image_still_flags_them_all(
     self, tmp_path, config
   ):
@@ -360,7 +369,8 @@ if __name__ == "__main__":
   config.data.workers = 2
   config.batch_size = 4
   batches = input_pipeline.train_batches(config)
-  next(batches)
+  for _ in range(4):  # Now each worker has started.
+    next(batches)
   workers = [c.pid for c in multiprocessing.active_children()]
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: None)

@@ -1,9 +1,9 @@
 """From (fake) official tar files to what TFDS's own builder reads."""
 
 import io
+import json
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +17,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from experiments import prepare_imagenet
-from experiments.datasets import imagenet, records, registry, shard_writer
+from experiments.datasets import (
+  imagenet,
+  imagenet_preparation,
+  records,
+  registry,
+  shard_writer,
+)
 from experiments.imagenet import errors
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -166,8 +172,27 @@ class TestResult:
 
   def test_prepared_data_is_left_alone(self, prepared):
     data_dir, _, _ = prepared
-    got = prepare_imagenet.prepare(pathlib.Path("/nowhere"), data_dir)
+    got = imagenet_preparation.prepare(pathlib.Path("/nowhere"), data_dir)
     assert got == pathlib.Path(data_dir, "imagenet2012/5.1.0")
+
+
+def test_a_missing_package_is_answered_with_its_extra(tmp_path):
+  code = (
+    "import sys\n"
+    'sys.modules["tensorflow_datasets"] = None\n'
+    "from experiments import prepare_imagenet\n"
+    "sys.exit(prepare_imagenet.main(sys.argv[1:]))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, "--tar_dir", tmp_path],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == errors.ExitCode.UNAVAILABLE
+  assert "pip install 'vimjax[train]'" in done.stderr
+  assert "Traceback" not in done.stderr
 
 
 def test_every_shard_is_a_random_sample(tmp_path):
@@ -232,7 +257,7 @@ class TestBadTars:
     }[where]
     os.truncate(path, keep)
     with pytest.raises(records.DataError, match=f"{path} is truncated"):
-      prepare_imagenet.prepare(tars, str(tars / "tfds"), subset=True)
+      imagenet_preparation.prepare(tars, str(tars / "tfds"), subset=True)
     assert not _partial(tars / "tfds")
 
   def test_truncated_tar_inside_the_training_tar_is_named(self, tars):
@@ -241,7 +266,7 @@ class TestBadTars:
       path = tars / "ILSVRC2012_img_train.tar"
       path.write_bytes(_tar({"n01440764.tar": inner[:keep]}))
       with pytest.raises(records.DataError, match="n01440764.tar inside"):
-        prepare_imagenet.prepare(tars, str(tars / "tfds"), subset=True)
+        imagenet_preparation.prepare(tars, str(tars / "tfds"), subset=True)
       assert not _partial(tars / "tfds")
 
   def test_broken_header_in_the_middle_is_not_taken_for_the_end(self, tars):
@@ -252,13 +277,29 @@ class TestBadTars:
     data[offset : offset + 100] = b"\xff" * 100
     path.write_bytes(data)
     with pytest.raises(records.DataError, match=f"{path} is truncated or no"):
-      prepare_imagenet.prepare(tars, str(tars / "tfds"), subset=True)
+      imagenet_preparation.prepare(tars, str(tars / "tfds"), subset=True)
 
   def test_swapped_or_foreign_tars_are_refused(self, tars):
     train = tars / "ILSVRC2012_img_train.tar"
     shutil.copy(tars / "ILSVRC2012_img_val.tar", train)
     with pytest.raises(records.DataError, match="none of ImageNet-2012's 1000"):
-      prepare_imagenet.prepare(tars, str(tars / "tfds"), subset=True)
+      imagenet_preparation.prepare(tars, str(tars / "tfds"), subset=True)
+
+  def test_data_of_another_format_is_not_overwritten(self, tars, capsys):
+    folder = tars / "tfds/imagenet2012/5.1.0"
+    folder.mkdir(parents=True)
+    info = {
+      "name": "imagenet2012",
+      "version": "5.1.0",
+      "fileFormat": "tfrecord",
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    code = prepare_imagenet.main(
+      ["--tar_dir", str(tars), "--data_dir", str(tars / "tfds"), "--subset"]
+    )
+    assert code == errors.ExitCode.BAD_DATA
+    assert "Only array_record files can be read" in capsys.readouterr().err
+    assert json.loads((folder / "dataset_info.json").read_text()) == info
 
 
 class TestDisk:
@@ -269,24 +310,26 @@ class TestDisk:
       os.truncate(path, 2 * free)  # Sparse: takes no space.
     except OSError:
       pytest.skip("this file system has no such large files")
-    with pytest.raises(records.DataError, match="GB are free in"):
-      prepare_imagenet.prepare(tars, str(tars / "tfds"), subset=True)
+    with pytest.raises(OSError, match="Cannot write .* GB are free"):
+      imagenet_preparation.prepare(tars, str(tars / "tfds"), subset=True)
     assert not _partial(tars / "tfds")
 
   def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_nothing(self, tars):
-    def limit():
-      resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
+    code = (
+      "import resource, sys\n"
+      "from experiments import prepare_imagenet\n"
+      "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+      "sys.exit(prepare_imagenet.main(sys.argv[1:]))"
+    )
     done = subprocess.run(
-      [sys.executable, "-m", "experiments.prepare_imagenet", "--subset"]
+      [sys.executable, "-c", code, "--subset"]
       + ["--tar_dir", tars, "--data_dir", tars / "tfds"],
       cwd=_ROOT,
       capture_output=True,
       text=True,
-      preexec_fn=limit,
       check=False,
     )
-    assert done.returncode == errors.ExitCode.BAD_DATA
+    assert done.returncode == errors.ExitCode.IO_ERROR
     assert "Cannot write the data set into" in done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
@@ -308,7 +351,7 @@ class TestDisk:
     # Whatever the moment of the kill, leave more behind.
     (target / "incomplete.vimjax_5.1.0").mkdir(exist_ok=True)
     (target / "incomplete.vimjax_5.1.0/shard").write_text("")
-    got = prepare_imagenet.prepare(tars, str(tars / "tfds"), subset=True)
+    got = imagenet_preparation.prepare(tars, str(tars / "tfds"), subset=True)
     assert _partial(tars / "tfds") == [got]
     assert "shard" not in os.listdir(got)
     assert imagenet.make_builder(str(tars / "tfds")).is_prepared()
