@@ -51,27 +51,6 @@ def _tiny(name, **fields):
   )
 
 
-@functools.cache
-def _small(**fields):
-  """A model that compiles quickly, with its variables and images."""
-  model = vimjax.MambaVision(
-    **{
-      **dict(
-        num_classes=5,
-        dim=8,
-        in_dim=4,
-        depths=(1, 1, 2, 1),
-        num_heads=(1, 1, 2, 2),
-        window_size=(8, 8, 2, 1),
-        state_size=4,
-      ),
-      **fields,
-    }
-  )
-  images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-  return model, jax.jit(model.init)(jax.random.key(0), images), images
-
-
 def _rule(key):
   (rule,) = [r for r in mambavision_weights.RULES if r.target(key)]
   return rule

@@ -68,15 +68,15 @@ class Attention(nn.Module):
     qkv = nn.Dense(3 * d, name="qkv", **dense)(x)
     qkv = qkv.reshape(b, l, 3, self.num_heads, d // self.num_heads)
     q, k, v = (qkv[:, :, i] for i in range(3))  # (b, l, heads, head size)
-    if self.implementation == "cudnn" and (reason := _why_not_cudnn(q)):
+    # Parameters can be made, and converted, where this could not run.
+    implementation = None if self.is_initializing() else self.implementation
+    if implementation == "cudnn" and (reason := _why_not_cudnn(q)):
       raise pallas_kernels.UnsupportedError(
-        f"Attention cannot run with attention_implementation='cudnn': "
+        "Attention cannot run with attention_implementation='cudnn': "
         f"{reason}. Pass attention_implementation=None."
       )
     with _matmul_precision(self.precision):
-      y = jax.nn.dot_product_attention(
-        q, k, v, implementation=self.implementation
-      )
+      y = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     return nn.Dense(d, name="proj", **dense)(y.reshape(b, l, d))
 
 

@@ -110,6 +110,18 @@ class DeiT(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
+    for name in (
+      "num_classes",
+      "patch_size",
+      "depth",
+      "embed_dim",
+      "num_heads",
+    ):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(
+          f"DeiT: {name} must be a positive integer, got {value!r}."
+        )
     if self.embed_dim % self.num_heads:
       raise ValueError(
         f"DeiT: embed_dim={self.embed_dim} does not divide into "

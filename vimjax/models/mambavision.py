@@ -349,11 +349,19 @@ class MambaVision(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
+    for name in ("num_classes", "dim", "in_dim", "state_size", "conv_size"):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(
+          f"MambaVision: {name} must be a positive integer, got {value!r}."
+        )
     for name in ("depths", "num_heads", "window_size"):
       value = getattr(self, name)
-      if len(value) != 4 or min(value) < 1:
+      if len(value) != 4 or not all(
+        isinstance(v, int) and v > 0 for v in value
+      ):
         raise ValueError(
-          f"MambaVision: {name} must be four positive numbers, got {value}."
+          f"MambaVision: {name} must be four positive integers, got {value!r}."
         )
     for i in (2, 3):
       if (self.dim * 2**i) % self.num_heads[i]:
