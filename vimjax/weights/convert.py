@@ -31,6 +31,7 @@ class Family:
     rules: Official keys to our paths, for a model.
     ignored: Patterns of official keys without a place here, and why.
     adapt: Fits arrays to a model: other layouts, other image sizes.
+    restore: Adds to an exported state dict what was ignored.
     smallest_side: Side of a small image that a model takes.
     head: Official key of the classifier's weight, (classes, features), and all
       keys that a new classifier replaces.
@@ -39,6 +40,7 @@ class Family:
   rules: Callable[[Any], Sequence[rules.Rule]]
   ignored: Mapping[str, str]
   adapt: Callable[[Any, _StateDict], _StateDict] = lambda _, arrays: arrays
+  restore: Callable[[_StateDict], _StateDict] = lambda arrays: arrays
   smallest_side: Callable[[Any], int] = lambda _: 32
   head: tuple[str, ...] = ("head.weight", "head.bias")
 
@@ -51,7 +53,9 @@ FAMILIES: Final[dict[type[nn.Module], Family]] = {
     smallest_side=lambda model: model.patch_size,
   ),
   mambavision_model.MambaVision: Family(
-    rules=lambda _: mambavision.RULES, ignored=mambavision.IGNORED
+    rules=lambda _: mambavision.RULES,
+    ignored=mambavision.IGNORED,
+    restore=mambavision.restore,
   ),
   deit_model.DeiT: Family(
     rules=lambda _: deit.RULES,
@@ -99,26 +103,13 @@ def convert_state_dict(
     TypeError: The model is of no family with official weights, or `state_dict`
       is not a flat mapping of arrays.
   """
-  model = model_or_name
-  if isinstance(model, str):
-    model = registry.create_model(model)
-  if type(model) not in FAMILIES:
-    known = [module.__name__ for module in FAMILIES]
-    raise TypeError(
-      f"convert_state_dict: expected a name or one of {known}, got {model!r}."
-    )
-  family = FAMILIES[type(model)]
+  model, family = resolve(model_or_name, "convert_state_dict")
   has = registry.field_names(type(model))
   scanned = "scan_layers" in has and model.scan_layers
-  fields: dict[str, Any] = {"scan_layers": False} if scanned else {}
   if image_size is not None and "image_size" in has:
-    fields["image_size"] = image_size
-  model = model.clone(parent=None, **fields)
-
+    model = model.clone(image_size=image_size)
   arrays = family.adapt(model, _arrays(state_dict))
-  side = family.smallest_side(model)
-  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-  wanted = _flat(jax.eval_shape(model.init, jax.random.key(0), image))
+  wanted = shapes(model, family)
   fresh = {}
   if _needs_new_head(model, family, arrays):
     fresh = _new_head(model, family, arrays, rng)
@@ -134,6 +125,33 @@ def convert_state_dict(
     )
   variables = _unflat(jax.tree.map(jnp.asarray, params) | fresh)
   return stack.stack_layers(variables) if scanned else variables
+
+
+def resolve(model_or_name: Any, caller: str) -> tuple[Any, Family]:
+  """The model, and how checkpoints of its family are read.
+
+  Raises:
+    TypeError: There is no such family; the message starts with `caller`.
+    ValueError: There is no model of that name.
+  """
+  model = model_or_name
+  if isinstance(model, str):
+    model = registry.create_model(model)
+  if type(model) not in FAMILIES:
+    known = [module.__name__ for module in FAMILIES]
+    raise TypeError(
+      f"{caller}: expected a name or one of {known}, got {model!r}."
+    )
+  return model.clone(parent=None), FAMILIES[type(model)]
+
+
+def shapes(model: Any, family: Family) -> dict[str, jax.ShapeDtypeStruct]:
+  """Our paths and what belongs there, with layers that are not stacked."""
+  if getattr(model, "scan_layers", False):
+    model = model.clone(scan_layers=False)
+  side = family.smallest_side(model)
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  return flatten(jax.eval_shape(model.init, jax.random.key(0), image))
 
 
 def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
@@ -153,14 +171,14 @@ def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
   return arrays
 
 
-def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
   """Paths as in rules, where other collections than "params" come first."""
   flat: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
   return {path.removeprefix("params/"): leaf for path, leaf in flat.items()}
 
 
 def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `_flat`."""
+  """The inverse of `flatten`."""
   paths = (
     path if path.startswith("batch_stats/") else f"params/{path}"
     for path in flat
@@ -196,7 +214,7 @@ def _new_head(
   @jax.jit  # So that XLA drops everything but the head.
   def init(key: Array) -> dict[str, Array]:
     side = family.smallest_side(model)
-    flat = _flat(model.init(key, jnp.zeros((1, side, side, 3))))
+    flat = flatten(model.init(key, jnp.zeros((1, side, side, 3))))
     return {path: flat[path] for path in paths}
 
   return init(rng)

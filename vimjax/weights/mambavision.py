@@ -2,6 +2,8 @@
 
 from typing import Final
 
+import numpy as np
+
 from vimjax.weights import rules
 
 _BLOCK = r"levels\.(\d+)\.blocks\.(\d+)\."
@@ -90,3 +92,13 @@ IGNORED: Final = {
     "counts training steps, which nothing reads: the momentum is fixed"
   ),
 }
+
+
+def restore(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Adds the counters of the batch norms, which the official model has."""
+  counters = {
+    key.replace("running_var", "num_batches_tracked"): np.zeros((), np.int64)
+    for key in state_dict
+    if key.endswith("running_var")
+  }
+  return state_dict | counters
