@@ -5,6 +5,7 @@ from vimjax.layers.stack import unstack_layers as unstack_layers
 from vimjax.models.deit import DeiT as DeiT
 from vimjax.models.mambavision import MambaVision as MambaVision
 from vimjax.models.vim import Vim as Vim
+from vimjax.models.vmamba import VMamba as VMamba
 from vimjax.preprocessing import preprocess as preprocess
 from vimjax.registry import create_model as create_model
 from vimjax.registry import get_variant as get_variant

@@ -69,7 +69,8 @@ def make_arguments(
   the range that the models start from.
   """
   rng = np.random.default_rng(seed)
-  sizes = {**dataclasses.asdict(spec), "k": arguments.DIRECTIONS}
+  k = arguments.DIRECTIONS
+  sizes = dict(b=spec.b, h=spec.h, w=spec.w, k=k, d=spec.d, n=spec.n)
   arrays = {}
   for name, layout in arguments.LAYOUTS.items():
     shape = tuple(sizes[letter] for letter in layout)

@@ -68,8 +68,8 @@ def check(**arrays: Any) -> Arguments:
   args = Arguments(**checked)
   _check_rank("u", args.u)
   _check_rank("A", args.A)
-  sizes = dict(zip("bhwd", args.u.shape, strict=True))
-  sizes.update(k=DIRECTIONS, n=args.A.shape[2])
+  b, h, w, d = args.u.shape
+  sizes = dict(b=b, h=h, w=w, d=d, k=DIRECTIONS, n=args.A.shape[2])
   empty = [letter for letter in "hwdn" if sizes[letter] == 0]
   if empty:
     raise ValueError(

@@ -6,6 +6,7 @@ flipped. The derivative follows from that of the selective scan.
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ _Scan = Callable[
 ]
 
 
+# Compiled as a function of its own, so that the many equal layers of a model
+# are traced once.
+@functools.partial(jax.jit, static_argnames=("options", "scan"))
 def cross_selective_scan(
   args: arguments.Arguments, options: arguments.Options, *, scan: _Scan
 ) -> jax.Array:
@@ -51,7 +55,7 @@ def _both_ways(
 ) -> jax.Array:
   """Scans along the second and third dimension, forwards and backwards."""
   flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
-  total = None
+  results = []
   for k, reverse in zip(directions, (False, True), strict=True):
     y, _ = scan(
       scan_arguments.Arguments(
@@ -71,5 +75,5 @@ def _both_ways(
         compute_dtype=options.compute_dtype,
       ),
     )
-    total = y if total is None else total + y
-  return total.reshape(args.u.shape)
+    results.append(y)
+  return (results[0] + results[1]).reshape(args.u.shape)

@@ -24,6 +24,18 @@ OFFICIAL = {
   "vim_tiny_stride8": (7_250_344, "vim/vim_tiny_patch16_stride8_224"),
   "vim_small_stride8": (26_001_256, "vim/vim_small_patch16_stride8_224"),
   "vim_base_stride8": (98_007_784, None),
+  "vmamba_tiny_v0": (22_893_448, "vmamba/vanilla_vmamba_tiny"),
+  "vmamba_small_v0": (44_417_416, "vmamba/vanilla_vmamba_small"),
+  "vmamba_base_v0": (76_254_056, "vmamba/vanilla_vmamba_base"),
+  "vmamba_tiny_s2l5": (30_705_832, "vmamba/vmamba_tiny_s2l5"),
+  "vmamba_small_s2l15": (50_147_752, "vmamba/vmamba_small_s2l15"),
+  "vmamba_base_s2l15": (88_557_800, "vmamba/vmamba_base_s2l15"),
+  "vmamba_tiny_s1l8": (30_249_064, "vmamba/vmamba_tiny_s1l8"),
+  "vmamba_small_s1l20": (49_012_840, "vmamba/vmamba_small_s1l20"),
+  "vmamba_base_s1l20": (86_614_504, "vmamba/vmamba_base_s1l20"),
+  "vmamba_tiny_m2": (25_340_296, "vmamba/vmamba_tiny_m2"),
+  "vmamba_small_m2": (39_079_816, "vmamba/vmamba_small_m2"),
+  "vmamba_base_m2": (67_527_528, "vmamba/vmamba_base_m2"),
   "mambavision_tiny": (31_794_248, "mambavision/mamba_vision_T"),
   "mambavision_tiny2": (35_104_008, "mambavision/mamba_vision_T2"),
   "mambavision_small": (50_140_584, "mambavision/mamba_vision_S"),
@@ -104,7 +116,7 @@ def _pooled_and_feature_shapes(model):
   if isinstance(model, vimjax.Vim | vimjax.DeiT):
     h, w = model.grid((64, 96))
     return (2, model.embed_dim), (2, h, w, model.embed_dim)
-  d = model.dim
+  d = model.embed_dim if isinstance(model, vimjax.VMamba) else model.dim
   maps = tuple((2, 16 >> i, 24 >> i, d << i) for i in range(4))
   return (2, 8 * d), maps
 

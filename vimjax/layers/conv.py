@@ -53,3 +53,40 @@ class DepthwiseConv1d(nn.Module):
       shifted = x[:, shift : shift + l].astype(accumulator)
       y = y + shifted * tap.astype(accumulator)
     return y.astype(dtype)
+
+
+class DepthwiseConv2d(nn.Module):
+  """One square filter per channel over an image, zeros beyond its edges.
+
+  Written like `DepthwiseConv1d`, for the same reason, with float32 sums too.
+
+  Attributes:
+    kernel_size: Side k of the filters, odd.
+    use_bias: Adds a bias per channel.
+    dtype: Dtype of the result; None follows the input.
+    param_dtype: Dtype of the parameters.
+  """
+
+  kernel_size: int = 3
+  use_bias: bool = False
+  dtype: basic.Dtype | None = None
+  param_dtype: basic.Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    """Convolves x; the result has its shape."""
+    k, (_, h, w, d) = self.kernel_size, x.shape
+    dtype = basic.compute_dtype(self.dtype, x)
+    init = basic.uniform(1 / k)  # PyTorch's; the fan-in is k * k.
+    kernel = self.param("kernel", init, (k, k, d), self.param_dtype)
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+    y = jnp.zeros((), accumulator)
+    if self.use_bias:
+      y = self.param("bias", init, (d,), self.param_dtype).astype(accumulator)
+    padding = (k // 2, k // 2)
+    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+    for i in range(k):
+      for j in range(k):
+        shifted = x[:, i : i + h, j : j + w].astype(accumulator)
+        y = y + shifted * kernel[i, j].astype(accumulator)
+    return y.astype(dtype)

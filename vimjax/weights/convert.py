@@ -17,7 +17,8 @@ from vimjax.layers import stack
 from vimjax.models import deit as deit_model
 from vimjax.models import mambavision as mambavision_model
 from vimjax.models import vim as vim_model
-from vimjax.weights import deit, mambavision, rules, vim
+from vimjax.models import vmamba as vmamba_model
+from vimjax.weights import deit, mambavision, rules, vim, vmamba
 
 _LOG = logging.getLogger(__name__)
 _StateDict = dict[str, np.ndarray]
@@ -62,6 +63,12 @@ FAMILIES: Final[dict[type[nn.Module], Family]] = {
     ignored=deit.IGNORED,
     adapt=deit.adapt,
     smallest_side=lambda model: model.patch_size,
+  ),
+  vmamba_model.VMamba: Family(
+    rules=vmamba.rules_for,
+    ignored=vmamba.IGNORED,
+    adapt=vmamba.adapt,
+    head=vmamba.HEAD,
   ),
 }
 
