@@ -15,9 +15,9 @@ import pytest
 
 from vimjax.weights import (
   checkpoint_files,
+  pickle_values,
   torch_files,
   torch_writer,
-  unpickler,
 )
 
 # Made by PyTorch; make.py there says how.
@@ -116,14 +116,14 @@ def test_a_state_dict_can_be_elsewhere_or_bare(tmp_path):
 
 def test_missing_weights_are_refused_with_a_list_of_what_is_there(tmp_path):
   path = _path(tmp_path, "tensors.pth")
-  with pytest.raises(unpickler.CheckpointError) as caught:
+  with pytest.raises(pickle_values.CheckpointError) as caught:
     checkpoint_files.read_state_dict(path, "ema")
   assert path in str(caught.value)
   assert "'model_ema' or 'state_dict_ema'" in str(caught.value)
   assert "a state dict of 19 entries" in str(caught.value)
 
   _write_zip(tmp_path / "x.pth", pickle.dumps({"epoch": 3, "net": {}}, 2))
-  with pytest.raises(unpickler.CheckpointError) as caught:
+  with pytest.raises(pickle_values.CheckpointError) as caught:
     checkpoint_files.read_state_dict(tmp_path / "x.pth")
   assert "'model' or 'state_dict'" in str(caught.value)
   assert "epoch: int\n  net: 0 entries" in str(caught.value)
@@ -132,7 +132,7 @@ def test_missing_weights_are_refused_with_a_list_of_what_is_there(tmp_path):
 def test_a_whole_module_is_refused_with_what_to_do():
   path = os.path.join(FILES, "module.pth")
   with pytest.raises(
-    unpickler.CheckpointError, match=r"Linear.*state_dict\(\)"
+    pickle_values.CheckpointError, match=r"Linear.*state_dict\(\)"
   ):
     checkpoint_files.read_state_dict(path)
 
@@ -163,7 +163,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 
 def _fails(path, message):
-  with pytest.raises(unpickler.CheckpointError, match=message) as caught:
+  with pytest.raises(pickle_values.CheckpointError, match=message) as caught:
     checkpoint_files.read_state_dict(path)
   assert str(caught.value).startswith(f"{path}: ")
 
@@ -187,7 +187,7 @@ def test_truncated_and_changed_files_give_one_clear_error(form, tmp_path):
     path.write_bytes(data)
     try:
       checkpoint_files.read_state_dict(path)
-    except unpickler.CheckpointError:
+    except pickle_values.CheckpointError:
       failures += 1
   assert failures >= 100  # All that are cut, at the least.
 

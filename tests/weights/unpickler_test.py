@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from vimjax.weights import unpickler
+from vimjax.weights import pickle_values, unpickler
 
 PLAIN = {
   "numbers": [0, 1, -1, 255, 65536, -(2**31), 2**70, -(2**2100), 0.5, True],
@@ -75,7 +75,7 @@ def test_numpy_of_both_module_layouts():
 
 def test_an_array_of_objects_is_not_readable():
   array = _load(pickle.dumps(np.array([object(), None])))
-  with pytest.raises(unpickler.CheckpointError, match="not one of plain"):
+  with pytest.raises(pickle_values.CheckpointError, match="not one of plain"):
     np.asarray(array)
 
 
@@ -102,12 +102,12 @@ def test_other_objects_are_inert_records(protocol):
   }
   loaded = _load(pickle.dumps(tree, protocol))
   assert str(loaded["function"]).endswith(".system")
-  assert isinstance(loaded["function"], unpickler.Name)
+  assert isinstance(loaded["function"], pickle_values.Name)
   assert loaded["ordered"] == {"b": 1, "a": 2}
   assert list(loaded["ordered"]) == ["b", "a"]
   assert loaded["default"] == {0: {}}
   for key in ("args", "config", "items", "fraction"):
-    assert isinstance(loaded[key], unpickler.Opaque), key
+    assert isinstance(loaded[key], pickle_values.Opaque), key
   assert loaded["args"].state == {"lr": 0.1}
   assert loaded["config"].state == {"frozen": True}
   if protocol >= 2:  # Before, everything is in the arguments of one call.
@@ -115,6 +115,11 @@ def test_other_objects_are_inert_records(protocol):
     assert repr(loaded["args"]) == "<argparse.Namespace>"
     assert loaded["config"].items == [("a", 1)]
     assert loaded["items"].items == [1, 2]
+
+
+def test_ordered_dicts_of_python_2():
+  loaded = _load(b"ccollections\nOrderedDict\n(](](I1\nI2\ne](I0\nI3\neetR.")
+  assert list(loaded.items()) == [(1, 2), (0, 3)]
 
 
 class _Malicious:
@@ -177,7 +182,7 @@ def test_malicious_programs_run_nothing(attack, tmp_path):
   data = _attacks(str(target))[attack]
   try:
     _load(data)
-  except unpickler.CheckpointError:
+  except pickle_values.CheckpointError:
     pass
   assert not target.exists()
 
@@ -199,7 +204,7 @@ def test_named_modules_are_not_imported():
 
 def test_a_builder_gets_no_state_from_the_file():
   # BUILD on one of our functions could change it for the whole process.
-  with pytest.raises(unpickler.CheckpointError, match="state of a Name"):
+  with pytest.raises(pickle_values.CheckpointError, match="state of a Name"):
     _load(b"\x80\x02ccollections\nOrderedDict\n}b.")
 
 
@@ -232,7 +237,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_pickles_give_one_clear_error(case):
   data, message = DAMAGED[case]
-  with pytest.raises(unpickler.CheckpointError, match=message):
+  with pytest.raises(pickle_values.CheckpointError, match=message):
     _load(data)
 
 
@@ -258,4 +263,4 @@ def test_the_file_is_left_behind_the_pickle():
 
 def test_paths_are_inert():
   loaded = _load(pickle.dumps(pathlib.PurePosixPath("/etc/passwd")))
-  assert isinstance(loaded, unpickler.Opaque)
+  assert isinstance(loaded, pickle_values.Opaque)

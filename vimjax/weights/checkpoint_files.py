@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from vimjax import optional
-from vimjax.weights import torch_files, unpickler
+from vimjax.weights import pickle_values, torch_files
 
-CheckpointError = unpickler.CheckpointError
+CheckpointError = pickle_values.CheckpointError
 Weights = Literal["model", "ema"]
 
 # Where a checkpoint has its state dict; the first that is there is taken.
@@ -29,7 +29,7 @@ _PLACES: Final[dict[str, tuple[str, ...]]] = {
 _COLLECTIONS: Final = ("params/", "batch_stats/")
 _ARRAYS: Final = (
   torch_files.Tensor,
-  unpickler.NumpyArray,
+  pickle_values.NumpyArray,
   np.ndarray,
   np.generic,
 )
@@ -84,7 +84,7 @@ def _read(path: pathlib.Path) -> Any:
 
 def _select(tree: Any, weights: Weights) -> dict[str, Any]:
   """The state dict inside a checkpoint."""
-  if isinstance(tree, unpickler.Opaque | unpickler.Name):
+  if isinstance(tree, pickle_values.Opaque | pickle_values.Name):
     raise CheckpointError(
       f"It holds {tree}, whose class is needed to read it; save its "
       "state_dict() instead."
@@ -122,7 +122,7 @@ def _only_arrays(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _describe(value: Any) -> str:
-  if isinstance(value, unpickler.Opaque | unpickler.Name):
+  if isinstance(value, pickle_values.Opaque | pickle_values.Name):
     return repr(value)
   if isinstance(value, _ARRAYS):
     return f"array {tuple(value.shape)}"

@@ -22,9 +22,9 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 
-from vimjax.weights import unpickler
+from vimjax.weights import pickle_values, unpickler
 
-CheckpointError = unpickler.CheckpointError
+CheckpointError = pickle_values.CheckpointError
 
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
@@ -164,7 +164,7 @@ def _rebuild_v3(args: tuple[Any, ...]) -> Any:
       tuple() as strides,
       _,
       _,
-      unpickler.Name("torch", name),
+      pickle_values.Name("torch", name),
       *_,
     ) if name in _DTYPES:
       _check_view(offset, shape, strides)
@@ -189,7 +189,7 @@ def _first_tensor(args: tuple[Any, ...]) -> Any:
 def _subclass(args: tuple[Any, ...]) -> Any:
   """torch._tensor._rebuild_from_type_v2: (function, type, arguments, state)."""
   match args:
-    case (unpickler.Name() as function, _, tuple() as inner, *_):
+    case (pickle_values.Name() as function, _, tuple() as inner, *_):
       builder = _BUILDERS.get(str(function))
       return builder(inner) if builder else None
   return None
@@ -199,7 +199,7 @@ def _size(args: tuple[Any, ...]) -> Any:
   return tuple(args[0]) if args and isinstance(args[0], list | tuple) else ()
 
 
-_BUILDERS: Final[dict[str, unpickler.Builder]] = {
+_BUILDERS: Final[dict[str, pickle_values.Builder]] = {
   "torch._utils._rebuild_tensor": _rebuild,
   "torch._utils._rebuild_tensor_v2": _rebuild,
   "torch._utils._rebuild_tensor_v3": _rebuild_v3,
@@ -219,7 +219,7 @@ def _check_order(little: bool) -> None:
 
 
 def _storage_type(kind: Any) -> np.dtype:
-  if isinstance(kind, unpickler.Name) and kind.attribute in _STORAGES:
+  if isinstance(kind, pickle_values.Name) and kind.attribute in _STORAGES:
     return _DTYPES[_STORAGES[kind.attribute]]
   raise CheckpointError(f"The checkpoint has a storage of unknown type {kind}.")
 
@@ -238,7 +238,7 @@ def read(path: pathlib.Path) -> Any:
   """Reads a file of `torch.save`, zip archive or legacy.
 
   Returns:
-    What was saved: plain containers, `Tensor`, and `unpickler.Opaque` for
+    What was saved: plain containers, `Tensor`, and `pickle_values.Opaque` for
     every other object.
 
   Raises:
