@@ -309,20 +309,40 @@ def test_nothing_runs_in_either_form(tmp_path):
   program = b"\x80\x02}" + torch_writer._string("model") + call + b"\x85Rs."
   _write_zip(tmp_path / "x.pth", program)
   _fails(tmp_path / "x.pth", "model: <builtins.exec>")
-  legacy = b"".join(
-    [
-      pickle.dumps(torch_files._LEGACY_MAGIC, 2),
-      pickle.dumps(torch_files._LEGACY_PROTOCOL, 2),
-      pickle.dumps({"little_endian": True}, 2),
-      program,
-      pickle.dumps([], 2),
-    ]
-  )
+  legacy = _legacy(program, pickle.dumps([], 2))
   (tmp_path / "y.pth").write_bytes(legacy)
   _fails(tmp_path / "y.pth", "model: <builtins.exec>")
   assert not target.exists()
   pickle.loads(program)  # It would have run.
   assert target.exists()
+
+
+def _legacy(program, keys):
+  return b"".join(
+    [
+      pickle.dumps(torch_files._LEGACY_MAGIC, 2),
+      pickle.dumps(torch_files._LEGACY_PROTOCOL, 2),
+      pickle.dumps({"little_endian": True}, 2),
+      program,
+      keys,
+    ]
+  )
+
+
+def test_endless_values_are_not_printed(tmp_path):
+  """Python's own printing of a deep value is an error, or never ends."""
+  path, deep = tmp_path / "x.pth", b"]" * 5000 + b"a" * 4999
+  number = b"\x8b\x00\x10\x00\x00" + b"\x7f" * 4096
+  storage = torch_writer._name("torch", "FloatStorage")
+  _write_zip(path, _program().replace(storage, deep))
+  _fails(path, "unknown type list")
+  _write_zip(path, b"\x80\x02}" + number + b"Ns.")
+  _fails(path, r"\(int\): NoneType")
+  path.write_bytes(_legacy(b"\x80\x02}.", deep.join([b"\x80\x02](", b"e."])))
+  _fails(path, "list of storages is damaged")
+  objects = pickle.dumps({"a": np.array([None])}, 2)
+  _write_zip(path, objects)
+  _fails(path, "not one of plain numbers")
 
 
 def test_legacy_storages_must_be_as_long_as_they_claim(tmp_path):

@@ -97,7 +97,7 @@ def _select(tree: Any, weights: Weights) -> dict[str, Any]:
   bare = any(isinstance(value, _ARRAYS) for value in tree.values())
   if bare and weights == "model":
     return _only_arrays(tree)
-  listed = [f"{key}: {_describe(value)}" for key, value in tree.items()]
+  listed = [f"{_label(key)}: {_describe(value)}" for key, value in tree.items()]
   if bare:
     listed = [f"a state dict of {_describe(tree)}, without an average"]
   more = [f"and {len(listed) - 20} more"] if len(listed) > 20 else []
@@ -109,7 +109,7 @@ def _select(tree: Any, weights: Weights) -> dict[str, Any]:
 
 def _only_arrays(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
   others = [
-    f"{key}: {_describe(value)}"
+    f"{_label(key)}: {_describe(value)}"
     for key, value in state_dict.items()
     if not isinstance(key, str) or not isinstance(value, _ARRAYS)
   ]
@@ -119,6 +119,10 @@ def _only_arrays(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
       + ", ".join(others[:10])
     )
   return dict(state_dict)
+
+
+def _label(key: Any) -> str:
+  return key[:80] if isinstance(key, str) else f"({type(key).__name__})"
 
 
 def _describe(value: Any) -> str:

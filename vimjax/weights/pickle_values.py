@@ -54,6 +54,7 @@ _ATOMS: Final = (str, bytes, int, float, type(None), np.generic, Name, Opaque)
 
 
 def pairs(values: list[Any]) -> list[tuple[Any, Any]]:
+  """(key, value) pairs of [key, value, key, value, ...]."""
   if len(values) % 2:
     raise CheckpointError("The pickle is damaged: a key without a value.")
   keys = (hashable(part) for part in values[::2])
@@ -99,11 +100,11 @@ class NumpyArray:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return np.asarray(self).shape
+    return () if self._value is None else self._value.shape
 
   @property
   def dtype(self) -> np.dtype:
-    return np.asarray(self).dtype
+    return np.dtype(object) if self._value is None else self._value.dtype
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     if self._value is None:

@@ -221,7 +221,9 @@ def _check_order(little: bool) -> None:
 def _storage_type(kind: Any) -> np.dtype:
   if isinstance(kind, pickle_values.Name) and kind.attribute in _STORAGES:
     return _DTYPES[_STORAGES[kind.attribute]]
-  raise CheckpointError(f"The checkpoint has a storage of unknown type {kind}.")
+  # Only names are printed: whatever else is there may be endless.
+  name = kind if isinstance(kind, pickle_values.Name) else type(kind).__name__
+  raise CheckpointError(f"The checkpoint has a storage of unknown type {name}.")
 
 
 def _check_size(size: Any, dtype: np.dtype, available: int, key: str) -> None:
@@ -362,10 +364,12 @@ def _load_legacy(data: mmap.mmap) -> Any:
     persistent=lambda found: _legacy_storage(found, storages, len(data)),
   )
   keys = unpickler.load(data)
-  if not isinstance(keys, list) or {str(key) for key in keys} != set(storages):
+  listed = keys if isinstance(keys, list) else []
+  names = {key for key in listed if isinstance(key, str)}
+  if keys is not listed or len(names) < len(listed) or names != set(storages):
     raise CheckpointError("The list of storages is damaged.")
-  for key in keys:
-    _place(data, storages[str(key)], str(key))
+  for key in listed:
+    _place(data, storages[key], key)
   return tree
 
 
