@@ -28,7 +28,7 @@ FULL = {
 }
 
 
-def _model(args):
+def model_of(args):
   """Our model with the fields of an official constructor call."""
   form = args["forward_type"]
   return vimjax.VMamba(
@@ -55,7 +55,7 @@ def _tiny(name):
   """(model, variables, images, references) of a tiny official model."""
   cases = golden_data.load_json("vmamba", "tiny/manifest")
   case = cases[name]
-  model = _model(case["constructor_args"])
+  model = model_of(case["constructor_args"])
   keys = case["keys"]
   keys = cases[keys]["keys"] if isinstance(keys, str) else keys
   state_dict = golden_data.make_state_dict(golden_data.expand_keys(keys))
@@ -69,7 +69,7 @@ def _rule(model, key):
   return rule
 
 
-def _to_official(model, key, flat):
+def to_official(model, key, flat):
   """The array of an official key, in its layout, from our flat parameters."""
   rule = _rule(model, key)
   return rule.layout.to_official(np.asarray(flat[rule.target(key)]))
@@ -143,7 +143,7 @@ def test_tiny_models_equal_the_official_ones(name):
   assert len(keys) == len(params)
   for key in keys:
     golden_data.assert_close(
-      _to_official(model, key, params),
+      to_official(model, key, params),
       want[f"grad/{key}"],
       relative=1e-4,
       name=key,

@@ -94,16 +94,19 @@ def _chunked(
   total = since[:, :, edge]  # (b, c, m)
 
   # Within a chunk: token i sees token j through the decays after j, up to i.
-  seen = jnp.tril(jnp.ones((q, q), bool))
-  seen = seen.T if reverse else seen
-  pairs = since[:, :, :, None] - since[:, :, None]  # (b, c, i, j, m)
+  # Added up for each pair: differences of `since` would cancel.
+  after = jnp.tril(jnp.ones((q, q), bool), -1)
+  after = after.T if reverse else after
+  pairs = jnp.where(after[..., None], log_decay[:, :, :, None], 0)
+  pairs = jax.lax.cumsum(pairs, axis=2, reverse=reverse)  # (b, c, i, j, m)
+  seen = after | jnp.eye(q, dtype=bool)
   decay = jnp.exp(jnp.where(seen[..., None], pairs, -jnp.inf))
   scores = einsum("bcin,bcjn->bcij", C, B)
   weights = (scores[..., None] * decay).astype(narrow)
   y = einsum("bcijm,bcjmp->bcimp", weights, x)
 
   # Between chunks: what each adds to the state, and the state that each enters.
-  to_edge = jnp.exp(total[:, :, None] - since)[..., None]
+  to_edge = jnp.exp(pairs[:, :, edge])[..., None]
   added = einsum(
     "bcjmp,bcjn->bcmpn", (x.astype(wide) * to_edge).astype(narrow), B
   )

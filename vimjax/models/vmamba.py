@@ -82,14 +82,16 @@ class SS2D(nn.Module):
     activate = _ACTIVATIONS[self.activation]
 
     u = nn.Dense(2 * e if self.gate else e, name="in_proj", **dense)(x)
-    u, *z = jnp.split(u, 2, axis=-1) if self.gate else [u]  # (b, h, w, e)
+    z = None
+    if self.gate:
+      u, z = jnp.split(u, 2, axis=-1)  # (b, h, w, e) each
     u = conv.DepthwiseConv2d(
       self.conv_size, self.conv_bias, name="conv", **dtypes
     )(u)
     y = self._scan(activate(u), self.dt_rank or math.ceil(d / 16), dtypes)
     y = _norm("out_norm", **dtypes)(y)
-    for gate in z:
-      y = y * activate(gate)
+    if z is not None:
+      y = y * activate(z)
     return nn.Dense(d, name="out_proj", **dense)(y)
 
   def _scan(
