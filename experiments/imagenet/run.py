@@ -1,0 +1,216 @@
+"""What a configuration means: its checks, its model, its steps, its plan."""
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+from typing import Any
+
+from absl import logging
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from experiments.imagenet import (
+  checkpoints,
+  errors,
+  input_pipeline,
+  interrupts,
+  optimizer,
+  steps,
+)
+import vimjax
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What happens at which step.
+
+  Attributes:
+    steps_per_epoch: Steps in one pass over the training split.
+    total_steps: Steps of the whole run.
+    eval_every: Steps between evaluations on the validation split.
+    checkpoint_every: Steps between checkpoints.
+  """
+
+  steps_per_epoch: int
+  total_steps: int
+  eval_every: int
+  checkpoint_every: int
+
+  def evaluates(self, step: int) -> bool:
+    """Whether the validation split is evaluated after `step` steps."""
+    return step > 0 and (
+      step % self.eval_every == 0 or step == self.total_steps
+    )
+
+  def saves(self, step: int) -> bool:
+    """Whether a checkpoint is due, whatever the evaluation says."""
+    return step % self.checkpoint_every == 0 or step == self.total_steps
+
+
+def make_plan(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Plan:
+  """Turns the epochs of `config` into steps, each at least 1."""
+  c = config
+
+  def in_steps(epochs: float) -> int:
+    return max(1, round(epochs * steps_per_epoch))
+
+  return Plan(
+    steps_per_epoch=steps_per_epoch,
+    total_steps=in_steps(c.epochs),
+    eval_every=in_steps(c.eval_every_epochs),
+    checkpoint_every=in_steps(c.checkpoint.every_epochs),
+  )
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+  """Rejects values that no run can have, before anything is written.
+
+  Args:
+    config: The run's configuration.
+
+  Raises:
+    errors.ConfigError: Names the field, what it must be and what it is.
+  """
+  c, devices = config, jax.device_count()
+  dtype = c.model.overrides.dtype
+  problems = [
+    f"config.{name}={value!r} must be {wanted}."
+    for name, value, wanted, holds in (
+      ("batch_size", c.batch_size, "positive", c.batch_size > 0),
+      ("eval_batch_size", c.eval_batch_size, "positive", c.eval_batch_size > 0),
+      ("epochs", c.epochs, "positive", c.epochs > 0),
+      (
+        "ema_decay",
+        c.ema_decay,
+        "in [0, 1), and positive for eval_weights='ema'",
+        0 <= c.ema_decay < 1 and (c.ema_decay or c.eval_weights != "ema"),
+      ),
+      (
+        "eval_weights",
+        c.eval_weights,
+        "'model' or 'ema'",
+        c.eval_weights in ("model", "ema"),
+      ),
+      ("data.mean", c.data.mean, "three numbers", len(c.data.mean) == 3),
+      ("data.std", c.data.std, "three numbers", len(c.data.std) == 3),
+      ("data.valid_split", c.data.valid_split, "given", c.data.valid_split),
+      (
+        "model.overrides.dtype",
+        dtype,
+        f"one of {sorted(DTYPES)}",
+        dtype in DTYPES,
+      ),
+      ("log.every_steps", c.log.every_steps, ">= 1", c.log.every_steps >= 1),
+      ("checkpoint.keep", c.checkpoint.keep, ">= 1", c.checkpoint.keep >= 1),
+      *(
+        (
+          name,
+          c[name],
+          f"a multiple of the {devices} devices",
+          c[name] % devices == 0,
+        )
+        for name in ("batch_size", "eval_batch_size")
+      ),
+    )
+    if not holds
+  ]
+  if problems:
+    raise errors.ConfigError("\n".join(problems))
+
+
+def make_model(config: ml_collections.ConfigDict) -> nn.Module:
+  """The linen module that `config.model` describes.
+
+  Args:
+    config: The run's configuration. An image size of None is the data's.
+
+  Returns:
+    The module.
+
+  Raises:
+    TypeError: It has no field of that name.
+    ValueError: There is no such model, or a value does not fit.
+  """
+  fields = {k: v for k, v in config.model.overrides.items() if v is not None}
+  fields.setdefault("image_size", config.data.image_size)
+  fields["dtype"] = DTYPES[fields["dtype"]]
+  return vimjax.create_model(config.model.name, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What stays the same during a run; see `prepare`."""
+
+  config: ml_collections.ConfigDict
+  folder: pathlib.Path
+  mesh: jax.sharding.Mesh
+  plan: Plan
+  model: nn.Module
+  tx: optax.GradientTransformation
+  train_step: Callable[[steps.State, steps.Batch], tuple[steps.State, Any]]
+  eval_step: Callable[[Any, steps.Batch], steps.Metrics]
+  checkpoints: checkpoints.Checkpoints
+  interrupt: interrupts.Interrupt
+
+  def eval_params(self, state: steps.State) -> Any:
+    """The parameters that `config.eval_weights` chooses."""
+    average = self.config.eval_weights == "ema"
+    return state.ema_params if average else state.params
+
+
+def prepare(
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  saved: checkpoints.Checkpoints,
+  interrupt: interrupts.Interrupt,
+) -> Run:
+  """Builds everything that the configuration describes.
+
+  Args:
+    config: The run's configuration.
+    folder: The run's folder.
+    mesh: From `steps.make_mesh`.
+    saved: The run's checkpoints.
+    interrupt: From `interrupts.watch`.
+
+  Returns:
+    The run, with nothing computed yet.
+
+  Raises:
+    errors.ConfigError: A value does not fit the data set or the model.
+  """
+  try:
+    plan = make_plan(config, input_pipeline.steps_per_epoch(config))
+    names = input_pipeline.class_names(config)
+    classes = config.model.overrides.num_classes
+    if names is not None and len(names) > classes:
+      raise ValueError(
+        f"config.model.overrides.num_classes={classes} is too small for "
+        f"{config.data.name!r}, which has {len(names)} classes."
+      )
+    model = make_model(config)
+    schedule = optimizer.make_schedule(config, plan.steps_per_epoch)
+    tx = optimizer.make_optimizer(config, schedule)
+    # Traces the model: a wrong image size is found here, not after the data.
+    steps.state_shapes(model, tx, config, mesh)
+  except (TypeError, ValueError) as error:
+    logging.debug("configuration", exc_info=True)
+    raise errors.ConfigError(str(error)) from error
+  return Run(
+    config=config,
+    folder=folder,
+    mesh=mesh,
+    plan=plan,
+    model=model,
+    tx=tx,
+    train_step=steps.make_train_step(model, tx, schedule, config, mesh),
+    eval_step=steps.make_eval_step(model, config, mesh),
+    checkpoints=saved,
+    interrupt=interrupt,
+  )

@@ -1,0 +1,378 @@
+"""Trains and evaluates an image classifier; survives what interrupts it.
+
+A run is a pure function of its configuration: stopped anywhere and started
+again with the same command, it ends with the same parameters, bit for bit, on
+the same devices. What is due at a step is decided by its number alone, and
+what a checkpoint holds is enough to go on from it.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping
+import contextlib
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+import ml_collections
+import numpy as np
+
+from experiments.imagenet import (
+  checkpoints,
+  errors,
+  input_pipeline,
+  interrupts,
+  metrics,
+  plots,
+  rundir,
+  steps,
+)
+from experiments.imagenet import corrupt as corrupt_lib
+from experiments.imagenet import run as run_lib
+
+# Steps that may be under way before the numbers of an earlier one are read:
+# enough to keep the device busy, few enough to stop soon after a bad step.
+_STEPS_IN_FLIGHT = 2
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+  """Runs `config` in `workdir` to the end, from wherever it stands.
+
+  Args:
+    config: See `configs/_base.py`.
+    workdir: The run's folder; see `rundir.py` for what it holds.
+
+  Returns:
+    The content of result.json: accuracy, loss and number of images of the
+    split that it names, and which step was chosen.
+
+  Raises:
+    errors.RunError: The run cannot go on; the class says why.
+    records.DataError: The data set is missing or damaged.
+    OSError: A file cannot be read or written.
+  """
+  run_lib.check_config(config)
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(rundir.claim(workdir))
+    changed = rundir.compare_config(folder, config)
+    result = rundir.read_json(folder / rundir.RESULT)
+    if result is not None and not changed:
+      metrics.say(f"{folder} holds a finished run of this configuration.")
+      report(result, folder)
+      return result
+    saved = stack.enter_context(
+      checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
+    )
+    interrupt = stack.enter_context(interrupts.watch())
+    mesh = steps.make_mesh()
+    stack.enter_context(jax.set_mesh(mesh))
+    run = run_lib.prepare(config, folder, mesh, saved, interrupt)
+    state, record = start(run)
+    rundir.record_config(folder, config, step=record.step, changed=changed)
+    # From an earlier configuration: if this one is cut off, it has no result.
+    rundir.discard_result(folder)
+    state, record = train(run, state, record)
+    result = finish(run, state, record)
+    report(result, folder)
+    return result
+
+
+def start(run: run_lib.Run) -> tuple[steps.State, checkpoints.Record]:
+  """The state to go on from: the newest sound checkpoint, or a new one."""
+  shapes = steps.state_shapes(run.model, run.tx, run.config, run.mesh)
+  total = run.plan.total_steps
+  restored = run.checkpoints.restore(shapes)
+  if restored is None:
+    state = steps.make_state(run.model, run.tx, run.config, run.mesh)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    metrics.say(
+      f"new run in {run.folder}: {run.config.model.name}, {parameters:,} "
+      f"parameters, {total} steps of {run.config.batch_size} images on "
+      f"{jax.device_count()} device(s)"
+    )
+    return state, checkpoints.Record()
+  metrics.say(f"resumed {run.folder} from step {restored[1].step} of {total}")
+  return restored
+
+
+class _Window:
+  """Reads the numbers of the steps late, and logs their means.
+
+  A mean is over the steps since the line before it, or since the start of
+  this process.
+  """
+
+  def __init__(
+    self,
+    run: run_lib.Run,
+    writer: metrics.Writer,
+    progress: metrics.Progress,
+    corrupt: corrupt_lib.Corrupt,
+  ):
+    self._run = run
+    self._writer = writer
+    self._progress = progress
+    self._corrupt = corrupt
+    self._pending: collections.deque[tuple[int, steps.Metrics]]
+    self._pending = collections.deque()
+    self._values: list[dict[str, float]] = []
+
+  def add(self, step: int, values: steps.Metrics) -> None:
+    self._pending.append((step, values))
+    while len(self._pending) > _STEPS_IN_FLIGHT:
+      self._read(*self._pending.popleft())
+
+  def drain(self) -> None:
+    while self._pending:
+      self._read(*self._pending.popleft())
+
+  def _read(self, step: int, values: steps.Metrics) -> None:
+    numbers = {k: v.item() for k, v in jax.device_get(values).items()}
+    if not numbers.pop("finite"):
+      raise _non_finite(self._run, step, numbers)
+    self._values.append(numbers)
+    plan, every = self._run.plan, self._run.config.log.every_steps
+    if step % every and step != plan.total_steps:
+      return
+    self._run.checkpoints.check()
+    means = {
+      k: float(np.mean([v[k] for v in self._values])) for k in self._values[0]
+    }
+    means["lr"] = numbers["lr"]
+    self._values.clear()
+    self._progress.update(step, means)
+    self._writer.write(
+      step,
+      "train",
+      {
+        "epoch": step / plan.steps_per_epoch,
+        **means,
+        "images_per_second": self._progress.images_per_second,
+        "corrupt": self._corrupt.count,
+      },
+    )
+
+
+def _non_finite(
+  run: run_lib.Run, step: int, numbers: Mapping[str, float]
+) -> errors.NonFiniteError:
+  shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+  saved = run.checkpoints.saved_steps()
+  return errors.NonFiniteError(
+    f"Step {step} is not finite ({shown}). Nothing was saved after "
+    f"{f'step {saved[0]}' if saved else 'the start'}. A lower "
+    "config.optimizer.peak_lr, a longer config.optimizer.warmup_epochs or "
+    "config.optimizer.clip_norm=1.0 may help."
+  )
+
+
+def train(
+  run: run_lib.Run, state: steps.State, record: checkpoints.Record
+) -> tuple[steps.State, checkpoints.Record]:
+  """Trains to the last step, evaluating and saving on the way.
+
+  Args:
+    run: From `run.prepare`.
+    state: From `start`; consumed.
+    record: From `start`.
+
+  Returns:
+    The state and the record of the last step, which are saved.
+
+  Raises:
+    errors.NonFiniteError: With the step; nothing is saved from there on.
+    errors.InterruptedRunError: After saving, when a signal asked for it.
+  """
+  config, plan = run.config, run.plan
+  corrupt = corrupt_lib.Corrupt(config.data.max_corrupt, record.corrupt)
+  with contextlib.ExitStack() as stack:
+    writer = metrics.Writer(
+      run.folder, start_step=record.step, tensorboard=config.log.tensorboard
+    )
+    stack.callback(writer.close)
+    progress = metrics.Progress(
+      step=record.step,
+      total=plan.total_steps,
+      batch_size=config.batch_size,
+      progress_bar=config.log.progress_bar,
+    )
+    stack.callback(progress.close)
+    window = _Window(run, writer, progress, corrupt)
+
+    def validate() -> None:
+      if not plan.evaluates(record.step):
+        return
+      if record.evaluated_step != record.step and not run.interrupt.received:
+        with progress.paused():
+          _validate(run, state, record, corrupt, writer, progress)
+
+    # A run that was interrupted in an evaluation resumes with it.
+    validate()
+    step = record.step
+    batches = input_pipeline.train_batches(config, start_step=step)
+    while step < plan.total_steps and not run.interrupt.received:
+      batch = next(batches)
+      corrupt.see("train", batch)
+      state, numbers = run.train_step(
+        state, steps.put_batch(batch, config, run.mesh)
+      )
+      step += 1
+      window.add(step, numbers)
+      if plan.evaluates(step) or plan.saves(step):
+        window.drain()
+        record.step = step
+        validate()
+        if plan.saves(step) or record.best_step == step:
+          record.corrupt = corrupt.by_split()
+          run.checkpoints.save(state, record)
+    window.drain()
+    record.step = step
+    record.corrupt = corrupt.by_split()
+    run.checkpoints.save(state, record)
+    run.checkpoints.wait()
+  _stop_if_interrupted(run, step)
+  return state, record
+
+
+def _stop_if_interrupted(run: run_lib.Run, step: int) -> None:
+  if run.interrupt.received:
+    raise errors.InterruptedRunError(
+      f"Stopped by {run.interrupt.received}; saved at step {step} of "
+      f"{run.plan.total_steps}. Run the same command again to go on."
+    )
+
+
+def _validate(
+  run: run_lib.Run,
+  state: steps.State,
+  record: checkpoints.Record,
+  corrupt: corrupt_lib.Corrupt,
+  writer: metrics.Writer,
+  progress: metrics.Progress,
+) -> None:
+  split = run.config.data.valid_split
+  values = steps.evaluate(
+    run.eval_step, run.eval_params(state), _eval_batches(run, split, corrupt)
+  )
+  if run.interrupt.received:
+    return
+  if not np.isfinite(values["loss"]):
+    raise _non_finite(run, record.step, {"validation loss": values["loss"]})
+  record.evaluated_step = record.step
+  # The larger accuracy; between equal ones, the smaller loss.
+  rank = (values["accuracy"], -values["loss"])
+  if record.best_step is None or rank > (
+    record.best_accuracy,
+    -record.best_loss,
+  ):
+    record.best_step = record.step
+    record.best_accuracy, record.best_loss = values["accuracy"], values["loss"]
+  writer.write(record.step, "valid", values)
+  progress.say(
+    f"step {record.step}/{run.plan.total_steps}  validation loss "
+    f"{values['loss']:.4f}  accuracy {values['accuracy']:.4f}  (best "
+    f"{record.best_accuracy:.4f} at step {record.best_step})"
+  )
+
+
+def _eval_batches(
+  run: run_lib.Run, split: str, corrupt: corrupt_lib.Corrupt
+) -> Iterator[steps.Batch]:
+  """Every image of `split` once, on the devices; ends early on a signal."""
+  for batch in input_pipeline.eval_batches(run.config, split):
+    corrupt.see(split, batch)
+    yield steps.put_batch(batch, run.config, run.mesh)
+    if run.interrupt.received:
+      return
+
+
+def finish(
+  run: run_lib.Run, state: steps.State, record: checkpoints.Record
+) -> dict[str, Any]:
+  """Evaluates the best checkpoint, once, and writes result.json.
+
+  Args:
+    run: From `run.prepare`.
+    state: The state of the last step.
+    record: Its record.
+
+  Returns:
+    The result, as it was written.
+  """
+  c = run.config
+  step = record.step
+  if record.best_step is not None and record.best_step != step:
+    shapes = steps.state_shapes(run.model, run.tx, c, run.mesh)
+    try:
+      state, _ = run.checkpoints.restore_step(record.best_step, shapes)
+      step = record.best_step
+    except Exception as error:
+      logging.warning(
+        "Cannot read the best checkpoint, step %d (%s); evaluating step %d",
+        record.best_step,
+        str(error).splitlines()[:1],
+        step,
+      )
+  split = c.data.test_split or c.data.valid_split
+  corrupt = corrupt_lib.Corrupt(c.data.max_corrupt, record.corrupt)
+  values = steps.evaluate(
+    run.eval_step, run.eval_params(state), _eval_batches(run, split, corrupt)
+  )
+  _stop_if_interrupted(run, record.step)
+  result = {
+    "name": "test" if c.data.test_split else "validation",
+    "split": split,
+    **values,
+    "weights": c.eval_weights,
+    "best_step": step,
+    "best_valid_accuracy": record.best_accuracy,
+    "total_steps": run.plan.total_steps,
+    "corrupt": corrupt.by_split(),
+    "plots": [],
+  }
+  if c.log.plots and not jax.process_index():
+    result["plots"] = [
+      plots.learning_curves(run.folder),
+      plots.predictions(
+        run.folder,
+        _predict(run, state, split),
+        input_pipeline.class_names(c),
+      ),
+    ]
+  if not jax.process_index():
+    rundir.write_json(run.folder / rundir.RESULT, result)
+  return result
+
+
+def _predict(
+  run: run_lib.Run, state: steps.State, split: str
+) -> list[tuple[np.ndarray, int, int]]:
+  """Image, label and prediction of the first batch of `split`."""
+  batch = next(iter(input_pipeline.eval_batches(run.config, split)))
+  out = run.eval_step(
+    run.eval_params(state), steps.put_batch(batch, run.config, run.mesh)
+  )
+  predicted = np.asarray(out["predicted"])
+  return [
+    (batch["image"][i], int(batch["label"][i]), int(predicted[i]))
+    for i in np.flatnonzero(batch["mask"])
+  ]
+
+
+def report(result: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Prints a result; the accuracy is the last line."""
+  metrics.say(
+    f"best of {result['total_steps']} steps: {result['best_step']} (validation "
+    f"accuracy {result['best_valid_accuracy']:.4f})"
+  )
+  for split, ids in result["corrupt"].items():
+    metrics.say(f"unreadable images skipped in {split}: {len(ids)}")
+  for name in result["plots"]:
+    metrics.say(f"plot: {folder / name}")
+  metrics.say(
+    f"{result['name']} accuracy: {result['accuracy']:.4f} "
+    f"({result['examples']} images)"
+  )

@@ -1,0 +1,203 @@
+"""Runs an operation per shard of the mesh in context.
+
+The compiler does not look inside a kernel, and gathers an array that a loop
+slices along a sharded dimension. Operations that are independent along some
+dimensions are therefore wrapped in `jax.shard_map` here, so that each device
+works on its own part and nothing is gathered.
+
+Which part that is, given a mesh set by `jax.set_mesh`:
+
+* **Manual axes** (the caller is inside `shard_map`) are the caller's business.
+* **Explicit axes** split what they split in the type of the leading array.
+* **Auto axes** are unknown while tracing, so a convention on their names
+  holds: those in `CHANNEL_AXES` split the channels, those in `UNSPLIT_AXES`
+  split nothing, all others split the batch, each as long as sizes divide.
+
+Whatever does not divide runs unsplit over that axis, on every device alike.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+CHANNEL_AXES = ("model", "tensor", "channel")
+UNSPLIT_AXES = ("sequence",)
+
+# Letters that a layout string uses for the dimensions that may be split.
+BATCH, CHANNEL, GROUP = "b", "d", "g"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The mesh axes that split each dimension of an operation.
+
+  Attributes:
+    mesh_axes: All mesh axes that become manual, whether they split or not.
+    by_letter: For each letter of a layout string, the axes that split it.
+  """
+
+  mesh_axes: frozenset[str]
+  by_letter: Mapping[str, tuple[str, ...]]
+
+  def spec(self, layout: str) -> jax.P:
+    """The partition spec of an array with this layout, for instance "bld"."""
+    return jax.P(*(self.by_letter.get(letter) or None for letter in layout))
+
+
+def per_shard(
+  function: Callable[[Mapping[str, Any]], Any],
+  arrays: Mapping[str, jax.Array | None],
+  *,
+  layouts: Mapping[str, str],
+  out_layouts: str | tuple[str, ...],
+  lead: str,
+) -> Any:
+  """Returns `function(arrays)`, computed per shard of the mesh in context.
+
+  Args:
+    function: The operation; independent along batch and channels, except that
+      all channels of a group share the arrays that have a group dimension.
+    arrays: Its arrays by name; absent optional ones are None.
+    layouts: For each name one letter per dimension, "b" for the batch, "d" for
+      the channels, "g" for groups of channels; others are never split.
+    out_layouts: The same for the result, or for each of the results.
+    lead: Name of the array whose sharding decides on Explicit axes; it has a
+      batch and a channel dimension.
+  """
+  given = {name: x for name, x in arrays.items() if x is not None}
+  split = _plan(given, layouts, lead)
+  if split is None:
+    return function({**arrays, **_vary_together(given)})
+
+  def body(local):
+    return function({**arrays, **_vary_together(local)})
+
+  specs = {name: split.spec(layouts[name]) for name in given}
+  out_specs = jax.tree.map(split.spec, out_layouts)
+  return jax.shard_map(
+    body,
+    in_specs=(specs,),
+    out_specs=out_specs,
+    axis_names=split.mesh_axes,
+  )(_reshard_explicit(given, specs))
+
+
+def zeros(
+  shape: Sequence[int], dtype: jax.typing.DTypeLike, *, like: jax.Array
+) -> jax.Array:
+  """Zeros that vary over the same manual mesh axes as `like`.
+
+  A loop needs this for its first carry: plain zeros are the same on every
+  shard, and the type of a carry may not change from step to step.
+  """
+  return _cast(jnp.zeros(shape, dtype), _varying(like))
+
+
+def _plan(
+  arrays: Mapping[str, jax.Array], layouts: Mapping[str, str], lead: str
+) -> Split | None:
+  """How to split over the mesh in context; None to leave things as they are."""
+  mesh = jax.sharding.get_abstract_mesh()
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  free = [name for name in types if types[name] is not AxisType.Manual]
+  explicit = [name for name in free if types[name] is AxisType.Explicit]
+  if not explicit and math.prod(mesh.shape[name] for name in free) == 1:
+    return None
+
+  sizes = {
+    letter: size
+    for name, x in arrays.items()
+    for letter, size in zip(layouts[name], x.shape, strict=True)
+  }
+  batch, channels = _wanted(arrays[lead], layouts[lead], free, explicit)
+  groups = sizes.get(GROUP, 1)
+  batch = _dividing(batch, mesh.shape, sizes[BATCH])
+  # A shard must hold whole groups, or a part of the only one.
+  channels = _dividing(
+    channels, mesh.shape, sizes[CHANNEL] if groups == 1 else groups
+  )
+  by_letter = {
+    BATCH: batch,
+    CHANNEL: channels,
+    GROUP: channels if groups > 1 else (),
+  }
+  return Split(frozenset(free), by_letter)
+
+
+def _wanted(
+  lead: jax.Array, layout: str, free: list[str], explicit: list[str]
+) -> tuple[list[str], list[str]]:
+  """The mesh axes that should split the batch and the channels."""
+  spec = jax.typeof(lead).sharding.spec
+  of_letter = {
+    letter: [name for name in _names(entry) if name in explicit]
+    for letter, entry in zip(layout, spec, strict=False)
+  }
+  auto = [name for name in free if name not in explicit]
+  channels = [name for name in auto if name in CHANNEL_AXES]
+  batch = [name for name in auto if name not in CHANNEL_AXES + UNSPLIT_AXES]
+  return (
+    of_letter.get(BATCH, []) + batch,
+    of_letter.get(CHANNEL, []) + channels,
+  )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  """The axis names in one entry of a partition spec."""
+  if isinstance(entry, str):
+    return (entry,)
+  return entry if isinstance(entry, tuple) else ()
+
+
+def _dividing(
+  names: Sequence[str], axis_sizes: Mapping[str, int], size: int
+) -> tuple[str, ...]:
+  """The axes, taken greedily in order, whose product divides `size`."""
+  taken, product = [], 1
+  for name in names:
+    if size % (product * axis_sizes[name]) == 0:
+      taken.append(name)
+      product *= axis_sizes[name]
+  return tuple(taken)
+
+
+def _reshard_explicit(
+  arrays: Mapping[str, jax.Array], specs: Mapping[str, jax.P]
+) -> Mapping[str, jax.Array]:
+  """Brings arrays on Explicit axes to what `shard_map` is about to demand."""
+  mesh = jax.sharding.get_abstract_mesh()
+  explicit = set(mesh.explicit_axes)
+  if not explicit:
+    return arrays
+
+  def reshard(x, spec):
+    entries = (
+      tuple(n for n in _names(entry) if n in explicit) or None for entry in spec
+    )
+    return jax.sharding.reshard(x, jax.P(*entries))
+
+  return {name: reshard(x, specs[name]) for name, x in arrays.items()}
+
+
+def _vary_together(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Casts all arrays to the union of the manual axes that any varies over.
+
+  A custom derivative must return cotangents that vary like their primals;
+  after this cast all do, and the transpose of the cast sums over the shards.
+  """
+  union = frozenset().union(*(_varying(x) for x in arrays.values()))
+  return {name: _cast(x, union) for name, x in arrays.items()}
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+  return jax.typeof(x).manual_axis_type.varying
+
+
+def _cast(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+  missing = tuple(sorted(axes - _varying(x)))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -1,0 +1,195 @@
+"""Official state dicts to variables: what fits, what is refused and why."""
+
+import logging
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import golden_data
+import vimjax
+from vimjax.weights import rules
+from vimjax.weights import vim as vim_weights
+
+
+def _model(**fields):
+  return vimjax.Vim(
+    **{
+      **dict(num_classes=10, image_size=(64, 96), depth=3, embed_dim=32),
+      **fields,
+    }
+  )
+
+
+def _state_dict():
+  case = golden_data.load_json("vim", "tiny/manifest")["vim_mid"]
+  return golden_data.make_state_dict(golden_data.expand_keys(case["keys"]))
+
+
+def _square_state_dict(side):
+  """As if trained on images of `side` x `side` patches."""
+  pos_embed = golden_data.make_tensor("pos_embed", (1, side * side + 1, 32))
+  return _state_dict() | {"pos_embed": pos_embed}
+
+
+def test_all_problems_are_in_one_message():
+  state_dict = _state_dict()
+  del state_dict["layers.1.mixer.D_b"]
+  state_dict["layers.0.mixer.extra"] = np.zeros(3)
+  state_dict["layers.7.norm.weight"] = np.zeros(32)
+  state_dict["norm_f.weight"] = np.zeros(31)
+  state_dict["cls_token"] = np.zeros((1, 1, 32), np.int64)
+  state_dict["rope.freqs_cos"] = np.zeros((4, 4))
+  with pytest.raises(ValueError) as caught:  # noqa: PT011 - matched below.
+    vimjax.convert_state_dict(_model(), state_dict)
+  for expected in (
+    "missing layers_1/mixer/backward_ssm/D (64,)",
+    "unexpected layers.0.mixer.extra (3,)",
+    "unexpected layers.7.norm.weight (32,): no layers_7/norm/scale here",
+    "norm_f.weight has shape (31,), expected (32,)",
+    "cls_token has dtype int64, expected a float",
+    "unexpected rope.freqs_cos (4, 4)",
+  ):
+    assert expected in str(caught.value)
+  assert len(str(caught.value).splitlines()) == 7
+
+
+def _rule(key):
+  (rule,) = [r for r in vim_weights.RULES if r.target(key)]
+  return rule
+
+
+def test_every_key_is_needed():
+  # The rules alone: building the model once per key would take minutes.
+  state_dict = _state_dict()
+  wanted = {
+    _rule(key).target(key): _rule(key).layout.to_ours(value)
+    for key, value in state_dict.items()
+  }
+  for key in state_dict:
+    rest = {k: v for k, v in state_dict.items() if k != key}
+    params, problems = rules.apply(vim_weights.RULES, {}, rest, wanted)
+    assert len(problems) == 1
+    assert problems[0].startswith("missing"), key
+    assert len(params) == len(rest)
+
+
+def test_layouts_are_exact_inverses():
+  for key, value in _state_dict().items():
+    layout = _rule(key).layout
+    back = layout.to_official(layout.to_ours(value))
+    np.testing.assert_array_equal(back, value, err_msg=key)
+
+
+def test_two_keys_for_one_parameter_are_reported():
+  both = (rules.Rule("a", "x"), rules.Rule("b", "x"), rules.Rule("a|c", "y"))
+  one = np.zeros(1)
+  wanted = {"x": one, "y": one}
+  _, problems = rules.apply(both[:2], {}, {"a": one, "b": one}, {"x": one})
+  assert problems == ["b and a both fill x"]
+  _, problems = rules.apply(both, {}, {"a": one, "c": one, "b": one}, wanted)
+  assert problems == ["a matches 2 rules"]
+
+
+def test_ignored_keys_are_left_out():
+  one = np.zeros(1)
+  params, problems = rules.apply(
+    (rules.Rule("a", "x"),),
+    {r".*\.num_batches_tracked": "a counter"},
+    {"a": one, "bn.num_batches_tracked": one},
+    {"x": one},
+  )
+  assert list(params) == ["x"]
+  assert not problems
+
+
+@pytest.mark.parametrize(
+  "dtype", [np.float16, np.float64, ml_dtypes.bfloat16], ids=str
+)
+def test_checkpoints_of_other_float_dtypes_become_float32(dtype):
+  state_dict = {k: v.astype(dtype) for k, v in _state_dict().items()}
+  params = vimjax.convert_state_dict(_model(), state_dict)["params"]
+  kernel = params["layers_0"]["mixer"]["in_proj"]["kernel"]
+  assert kernel.dtype == jnp.float32
+  want = state_dict["layers.0.mixer.in_proj.weight"].T.astype(np.float32)
+  np.testing.assert_array_equal(kernel, want)
+
+
+class _Tensor:
+  """An array-like as foreign as a CPU tensor."""
+
+  def __init__(self, value):
+    self._value = value
+
+  def __array__(self, dtype=None, copy=None):
+    return np.asarray(self._value, dtype=dtype)
+
+
+def test_a_prefix_and_array_likes_are_accepted():
+  state_dict = _state_dict()
+  want = vimjax.convert_state_dict(_model(), state_dict)
+  foreign = {f"module.{k}": _Tensor(v) for k, v in state_dict.items()}
+  got = vimjax.convert_state_dict(_model(), foreign)
+  chex.assert_trees_all_equal(got, want, strict=True)
+
+
+def test_scanned_layers_get_stacked_parameters():
+  want = vimjax.convert_state_dict(_model(), _state_dict())
+  got = vimjax.convert_state_dict(_model(scan_layers=True), _state_dict())
+  chex.assert_trees_all_equal(got, vimjax.stack_layers(want), strict=True)
+
+
+def test_the_whole_checkpoint_is_refused_with_what_to_pass():
+  with pytest.raises(TypeError, match=r"Pass the state dict inside.*'model'"):
+    vimjax.convert_state_dict("vim_tiny", {"model": _state_dict()})
+
+
+def test_a_model_without_official_weights_is_refused():
+  with pytest.raises(TypeError, match=r"expected a name or one of \['Vim'"):
+    vimjax.convert_state_dict(object(), {})
+
+
+def test_another_class_count_needs_a_key_for_the_new_head():
+  with pytest.raises(ValueError, match="10 classes, the model 7; pass rng="):
+    vimjax.convert_state_dict(_model(num_classes=7), _state_dict())
+
+
+def test_another_class_count_gives_a_new_head_and_says_so(caplog):
+  model = _model(num_classes=300, scan_layers=True)
+  with caplog.at_level(logging.WARNING):
+    variables = vimjax.convert_state_dict(
+      model, _state_dict(), rng=jax.random.key(3)
+    )
+  assert "New head" in caplog.text
+  same = vimjax.convert_state_dict(_model(scan_layers=True), _state_dict())
+  head = variables["params"].pop("head")
+  del same["params"]["head"]
+  chex.assert_trees_all_equal(variables, same, strict=True)
+  assert head["kernel"].shape == (32, 300)
+  np.testing.assert_array_equal(head["bias"], np.zeros(300))
+  # As the model initialises it: normal, deviation 0.02; 9600 numbers.
+  np.testing.assert_allclose(np.std(head["kernel"]), 0.02, rtol=0.03)
+
+
+@pytest.mark.parametrize("resize", ["class_aware", "official"])
+def test_another_image_size_resizes_the_positional_embedding(resize):
+  state_dict = _square_state_dict(4)
+  small = _model(image_size=64, pos_embed_resize=resize)
+  large = _model(image_size=(64, 96), pos_embed_resize=resize)
+  images = golden_data.make_images("any", (1, 3, 64, 96))
+  # Resized when the model runs, or once when it is converted.
+  want = small.apply(vimjax.convert_state_dict(small, state_dict), images)
+  for model, size in ((small, (64, 96)), (large, None)):
+    variables = vimjax.convert_state_dict(model, state_dict, image_size=size)
+    assert variables["params"]["pos_embed"].shape == (25, 32)
+    np.testing.assert_allclose(
+      large.apply(variables, images), want, rtol=0, atol=1e-5
+    )
+
+
+def test_a_grid_that_cannot_be_told_is_refused():
+  with pytest.raises(ValueError, match="24 patches are not a square grid"):
+    vimjax.convert_state_dict(_model(image_size=64), _state_dict())

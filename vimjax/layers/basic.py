@@ -1,0 +1,70 @@
+"""Small pieces that every family uses: initialisers, drop path, type names."""
+
+import math
+from typing import Any
+
+from flax import linen as nn
+from flax import typing as flax_typing
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Dtype = jax.typing.DTypeLike
+Precision = flax_typing.PrecisionLike
+Initializer = nn.initializers.Initializer
+
+
+def compute_dtype(dtype: Dtype | None, x: Array) -> jnp.dtype:
+  """The dtype that a layer computes in: its own, else that of its input."""
+  return jnp.dtype(x.dtype if dtype is None else dtype)
+
+
+def uniform(bound: float) -> Initializer:
+  """Draws from [-bound, bound)."""
+
+  def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def torch_linear(scale: float = 1.0) -> Initializer:
+  """PyTorch's default for a linear kernel (fan_in, fan_out).
+
+  U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which PyTorch writes as
+  `kaiming_uniform_(a=sqrt(5))`.
+
+  Args:
+    scale: Multiplies the bound.
+  """
+
+  def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+    return uniform(scale / math.sqrt(shape[0]))(key, shape, dtype)
+
+  return init
+
+
+class DropPath(nn.Module):
+  """Stochastic depth: drops the whole of x for some images of a batch.
+
+  Deep Networks with Stochastic Depth (https://arxiv.org/abs/1603.09382), with
+  the survivors divided by 1 - rate so that the expectation stays. Takes its
+  randomness from the rng named "drop_path".
+  """
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b *dims"], rate: float | Array | None
+  ) -> Float[Array, "b *dims"]:
+    """Applies the mask.
+
+    Args:
+      x: One branch of a residual block.
+      rate: Probability of dropping, in [0, 1); None or 0 returns x as it is.
+    """
+    if rate is None or (isinstance(rate, float) and rate == 0.0):
+      return x
+    keep = 1.0 - jnp.asarray(rate, jnp.float32)
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    mask = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
+    return x * (mask / keep).astype(x.dtype)

@@ -1,0 +1,89 @@
+"""Models by name: `create_model`, `list_models`, `get_variant`."""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import difflib
+import fnmatch
+from typing import Any, Final
+
+from flax import linen as nn
+
+from vimjax import variants
+from vimjax.models import vim
+
+
+def merge(
+  families: Iterable[Mapping[str, variants.Variant]],
+) -> dict[str, variants.Variant]:
+  """One table of all families.
+
+  Raises:
+    ValueError: A name occurs twice.
+  """
+  table = {}
+  for family in families:
+    for name, variant in family.items():
+      if name in table:
+        raise ValueError(f"Two models have the name {name!r}.")
+      table[name] = variant
+  return table
+
+
+_VARIANTS: Final = merge([vim.VARIANTS])
+
+
+def list_models(pattern: str = "*") -> list[str]:
+  """Names of all models that match a shell pattern such as "vim_*"."""
+  return fnmatch.filter(sorted(_VARIANTS), pattern)
+
+
+def get_variant(name: str) -> variants.Variant:
+  """What is known about a model.
+
+  Args:
+    name: One of `list_models()`.
+
+  Raises:
+    ValueError: There is no such model; the message has the nearest names.
+  """
+  if name in _VARIANTS:
+    return _VARIANTS[name]
+  near = difflib.get_close_matches(str(name), _VARIANTS, n=3)
+  hint = f"Did you mean {near}?" if near else f"Choose from {list_models()}."
+  raise ValueError(f"Unknown model {name!r}. {hint}")
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+  """Builds a published model.
+
+  Linen keeps a model and its variables apart: `model.init` makes new variables,
+  `vimjax.convert_state_dict` those of an official checkpoint.
+
+  Args:
+    name: One of `list_models()`.
+    **overrides: Fields of the module, instead of the published values, such as
+      num_classes=10 or dtype="bfloat16".
+
+  Returns:
+    A Flax linen module.
+
+  Raises:
+    ValueError: There is no such model, or a value is not possible.
+    TypeError: The module has no such field; the message lists them.
+  """
+  variant = get_variant(name)
+  fields = field_names(variant.module)
+  unknown = sorted(set(overrides) - set(fields))
+  if unknown:
+    raise TypeError(
+      f"{variant.module.__name__} ({name!r}) has no field {unknown}; fields "
+      f"are {fields}."
+    )
+  return variant.module(**{**variant.fields, **overrides})
+
+
+def field_names(module: type[nn.Module]) -> list[str]:
+  """Fields of a module that make up its configuration."""
+  # Linen adds `parent` and `name`, which place a module inside another.
+  own = (field.name for field in dataclasses.fields(module))
+  return [name for name in own if name not in ("parent", "name")]
