@@ -191,7 +191,8 @@ class Plan:
     cell: How lanes hold states.
     softplus: Whether delta goes through softplus.
     reverse: Whether the scan goes from the last token to the first.
-    checkpoint_tile: Tokens of a checkpoint tile; 0 for no checkpoints.
+    checkpoint_tile: Tokens of a checkpoint tile, a divisor of `config.tile`; 0
+      for no checkpoints.
     states_only: Whether to write `state` and `delta_sum` and nothing else.
     final_state: Whether to write `state`.
   """
@@ -220,6 +221,12 @@ class Plan:
   def chunks(self) -> int:
     """Chunks that have a tile; rounding can leave some without."""
     return common.cdiv(self.tiles, self.tiles_per_chunk)
+
+  @property
+  def checkpoints_per_tile(self) -> int:
+    if not self.checkpoint_tile:
+      return 0
+    return self.config.tile // self.checkpoint_tile
 
   @property
   def channel_blocks(self) -> int:
@@ -291,7 +298,7 @@ def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     out["delta_sum"] = jax.ShapeDtypeStruct((b * plan.chunks, g, e), "float32")
   if plan.checkpoint_tile:
     tiles = common.cdiv(plan.l, plan.checkpoint_tile)
-    out["checkpoints"] = jax.ShapeDtypeStruct((b * tiles, g, e, *n), "float32")
+    out["checkpoints"] = jax.ShapeDtypeStruct((b, tiles, g, e, *n), "float32")
   return out
 
 
@@ -303,7 +310,8 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
     if name == "y":
       out[name] = x.reshape(plan.b, plan.l, d)
     else:
-      out[name] = x.reshape(plan.b, -1, d, *x.shape[3:])
+      n = plan.cell.state_shape()[1:] if name != "delta_sum" else ()
+      out[name] = x.reshape(plan.b, -1, d, *n)
   return Outputs(**out)
 
 
@@ -322,7 +330,8 @@ def _scratch_types(
   if "y" in out_type:
     scratch["y_smem"] = plgpu.SMEM((2, tile, lanes), out_type["y"].dtype)
   if {"state", "checkpoints"} & {*arrays, *out_type}:
-    scratch["state_smem"] = plgpu.SMEM(plan.cell.state_shape(), jnp.float32)
+    shape = (plan.checkpoints_per_tile or 1, *plan.cell.state_shape())
+    scratch["state_smem"] = plgpu.SMEM(shape, jnp.float32)
   if "delta_sum" in out_type:
     scratch["delta_sum_smem"] = plgpu.SMEM((lanes,), jnp.float32)
   scratch["arrived"] = plgpu.Barrier(
@@ -409,13 +418,14 @@ def _kernel(refs: Refs, plan: Plan) -> None:
 
   if "state" in refs:
     source = refs["state"].at[place.row, place.group, place.channels]
-    plgpu.copy_gmem_to_smem(source, refs["state_smem"], refs["state_arrived"])
+    target = refs["state_smem"].at[0]
+    plgpu.copy_gmem_to_smem(source, target, refs["state_arrived"])
 
   constants = _load_constants(refs, cell, place)
   h = cell.zero_state()
   if "state" in refs:
     plgpu.barrier_wait(refs["state_arrived"])
-    h = cell.load_state(refs["state_smem"])
+    h = cell.load_state(refs["state_smem"].at[0])
   if "chunk_state" in refs:
     h = _pass_chunks(refs, constants, plan, place, h)
   delta_sum = common.zeros((cell.lanes,), cell.channel_layout())
@@ -427,30 +437,25 @@ def _kernel(refs: Refs, plan: Plan) -> None:
     tile = tile_of(i)
     # All but the last tile's copies have left shared memory.
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-    at_checkpoint, checkpoint = _checkpoint(plan, tile)
-    if plan.checkpoint_tile:
-
-      @pl.when(at_checkpoint)
-      def _():
-        cell.store_state(refs["state_smem"], h)
-
     plgpu.barrier_wait(refs["arrived"].at[slot])
     here = {name: refs[name + "_smem"].at[slot] for name in streamed}
     if "y_out" in refs:
       here["y"] = refs["y_smem"].at[out_slot]
-    h, delta_sum = _scan_tokens(
+    if plan.checkpoint_tile:
+      here["checkpoints"] = refs["state_smem"]
+    h, delta_sum = _scan_tile(
       here, constants, plan, _tokens_in(plan, tile), (h, delta_sum)
     )
     # Orders what was written here before the copies below, and everyone's
     # reads of this slot before the next fetch into it.
     plgpu.commit_smem()
     if plan.checkpoint_tile:
-
-      @pl.when(at_checkpoint)
-      def _():
-        tiles = common.cdiv(plan.l, plan.checkpoint_tile)
-        _write_state(refs, "checkpoints", place.row * tiles + checkpoint, place)
-
+      count = plan.checkpoints_per_tile
+      _write_state(
+        refs["state_smem"],
+        refs["checkpoints_out"].at[place.row, pl.ds(tile * count, count)],
+        place,
+      )
     if "y_out" in refs:
       tokens = pl.ds(tile * config.tile, config.tile)
       target = refs["y_out"].at[place.row, tokens, place.group, place.channels]
@@ -465,12 +470,15 @@ def _kernel(refs: Refs, plan: Plan) -> None:
   h, delta_sum = lax.fori_loop(0, place.tiles, scan_tile, (h, delta_sum))
   if plan.final_state:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    cell.store_state(refs["state_smem"], h)
+    cell.store_state(refs["state_smem"].at[0], h)
   if "delta_sum_out" in refs:
     common.store(refs["delta_sum_smem"], delta_sum)
   if plan.final_state:
     plgpu.commit_smem()
-    _write_state(refs, "state", state_index, place)
+    index = pl.ds(state_index, 1)
+    _write_state(
+      refs["state_smem"].at[pl.ds(0, 1)], refs["state_out"].at[index], place
+    )
   if "delta_sum_out" in refs:
     target = refs["delta_sum_out"].at[state_index, place.group, place.channels]
     plgpu.copy_smem_to_gmem(refs["delta_sum_smem"], target)
@@ -516,9 +524,10 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: _Place, h):
   return lax.fori_loop(0, before, step, h)
 
 
-def _write_state(refs: Refs, name: str, index: Any, place: _Place) -> None:
-  target = refs[name + "_out"].at[index, place.group, place.channels]
-  plgpu.copy_smem_to_gmem(refs["state_smem"], target)
+def _write_state(source: Any, target: Any, place: _Place) -> None:
+  """Copies states, one or more along the first dimension."""
+  target = target.at[:, place.group, place.channels]
+  plgpu.copy_smem_to_gmem(source, target)
 
 
 class _Constants(NamedTuple):
@@ -547,28 +556,33 @@ def _tokens_in(plan: Plan, tile: Any) -> Any:
   return jnp.minimum(plan.l - tile * plan.config.tile, plan.config.tile)
 
 
-def _checkpoint(plan: Plan, tile: Any) -> tuple[Any, Any]:
-  """Whether the scan enters a checkpoint tile with this tile, and which."""
+def _scan_tile(here: Refs, constants: _Constants, plan: Plan, count, carry):
+  """Scans the `count` tokens of a tile; returns the new carry."""
   if not plan.checkpoint_tile:
-    return None, None
-  ratio = plan.checkpoint_tile // plan.config.tile
-  index, offset = _divmod(tile, ratio)
-  if not plan.reverse:
-    return offset == 0, index
-  return (offset == ratio - 1) | (tile == plan.tiles - 1), index
+    return _scan_tokens(here, constants, plan, 0, count, carry)
+  size = plan.checkpoint_tile
+  is_whole = isinstance(count, int)
+  parts = count // size if is_whole else lax.div(count + (size - 1), size)
+
+  def scan_part(i, carry):
+    part = parts - 1 - i if plan.reverse else i
+    plan.cell.store_state(here["checkpoints"].at[part], carry[0])
+    first = part * size
+    tokens = size if is_whole else jnp.minimum(count - first, size)
+    return _scan_tokens(here, constants, plan, first, tokens, carry)
+
+  return lax.fori_loop(0, parts, scan_part, carry)
 
 
-def _scan_tokens(here: Refs, constants: _Constants, plan: Plan, count, carry):
-  """Scans the first `count` tokens of a tile; returns the new carry."""
+def _scan_tokens(here, constants, plan, first, count, carry):
+  """Scans `count` tokens of a tile, `first` the first in memory."""
   unroll = plan.config.unroll
 
   def several(size, offset):
     def step(i, carry):
-      first = i * size + offset
-      tokens = [
-        count - 1 - (first + k) if plan.reverse else first + k
-        for k in range(size)
-      ]
+      done = i * size + offset
+      start = first + (count - 1 - done if plan.reverse else done)
+      tokens = [start - k if plan.reverse else start + k for k in range(size)]
       return _scan_unrolled(here, constants, plan, tokens, carry)
 
     return step

@@ -14,33 +14,28 @@ class Config:
 
   Attributes:
     tile: Tokens that are fetched at once by the forward kernel.
-    unroll: Tokens per iteration of its inner loop; divides `tile`.
+    unroll: Tokens per iteration of its inner loop; divides
+      `backward_tile`.
     buffers: Tiles in flight or in use.
     chunks: Parts of the sequence that are scanned in parallel; 1 is none.
     backward_tile: Tokens per checkpoint, and per tile of the backward kernel;
-      a multiple of `tile`.
-    backward_unroll: Tokens between the states that the backward kernel keeps
-      in shared memory; divides `backward_tile`.
+      divides `tile`.
   """
 
   tile: int = 16
   unroll: int = 4
   buffers: int = 2
   chunks: int = 1
-  backward_tile: int = 16
-  backward_unroll: int = 2
+  backward_tile: int = 8
 
   def __post_init__(self):
-    for small, large in (
-      ("unroll", "tile"),
-      ("tile", "backward_tile"),
-      ("backward_unroll", "backward_tile"),
+    for small, large, name, whole in (
+      (self.unroll, self.backward_tile, "unroll", "backward_tile"),
+      (self.backward_tile, self.tile, "backward_tile", "tile"),
     ):
-      sizes = getattr(self, small), getattr(self, large)
-      if min(sizes) < 1 or sizes[1] % sizes[0]:
+      if small < 1 or large < 1 or large % small:
         raise ValueError(
-          f"Config: `{small}` must divide `{large}`, got {sizes[0]} and "
-          f"{sizes[1]}."
+          f"Config: `{name}` must divide `{whole}`, got {small} and {large}."
         )
     if self.buffers < 1 or self.chunks < 1:
       raise ValueError(
