@@ -129,12 +129,14 @@ def store(ref: Any, value: jax.Array) -> None:
 
 def over_states(x: jax.Array) -> jax.Array:
   """(LANES,) to (LANES, VECTOR)."""
-  return lax.broadcast_in_dim(x, (LANES, VECTOR), (0,))
+  x = lax.broadcast_in_dim(x, (LANES, VECTOR), (0,))
+  return plgpu.layout_cast(x, state_layout())
 
 
 def over_channels(x: jax.Array) -> jax.Array:
   """(VECTOR,) to (LANES, VECTOR)."""
-  return lax.broadcast_in_dim(x, (LANES, VECTOR), (1,))
+  x = lax.broadcast_in_dim(x, (LANES, VECTOR), (1,))
+  return plgpu.layout_cast(x, state_layout())
 
 
 def zeros(shape: Sequence[int], layout: Any) -> jax.Array:
@@ -204,6 +206,14 @@ def kernel(
       ),
     ),
   )
+
+
+def split_index(index: Any, size: int) -> tuple[Any, Any]:
+  """`divmod(index, size)` for an index that is known when the kernel runs."""
+  if size == 1:
+    return index, jnp.int32(0)
+  # int32 spelled out, for the sake of programs that enable 64 bits.
+  return lax.div(index, jnp.int32(size)), lax.rem(index, jnp.int32(size))
 
 
 def cdiv(x: int, y: int) -> int:
