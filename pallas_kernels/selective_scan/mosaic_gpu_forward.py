@@ -17,7 +17,7 @@ group, k chunks.
 from collections.abc import Mapping
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import jax
 from jax import lax
@@ -30,6 +30,9 @@ from pallas_kernels.selective_scan import mosaic_gpu_common as common
 from pallas_kernels.selective_scan import tuning
 
 Refs = Mapping[str, Any]
+
+# States of earlier chunks in flight or in use.
+_CHUNK_BUFFERS: Final = 4
 
 
 class Inputs(NamedTuple):
@@ -251,6 +254,7 @@ def scan(
     scratch_types=_scratch_types(arrays, out_type, plan),
     grid={"block": plan.b * plan.chunks * plan.g * plan.channel_blocks},
     interpret=interpret,
+    lane_semantics=True,
   )(*arrays.values())
   return _unblocked(dict(zip(out_type, results, strict=True)), plan)
 
@@ -340,10 +344,15 @@ def _scratch_types(
   if "state" in arrays:
     scratch["state_arrived"] = plgpu.Barrier()
   if "chunk_state" in arrays:
-    shape = (2, *plan.cell.state_shape())
-    scratch["chunk_state_smem"] = plgpu.SMEM(shape, jnp.float32)
-    scratch["chunk_delta_sum_smem"] = plgpu.SMEM((2, lanes), jnp.float32)
-    scratch["chunk_arrived"] = plgpu.Barrier(num_arrivals=2, num_barriers=2)
+    for name, shape in (
+      ("chunk_state", plan.cell.state_shape()),
+      ("chunk_delta_sum", (lanes,)),
+    ):
+      shape = (_CHUNK_BUFFERS, *shape)
+      scratch[name + "_smem"] = plgpu.SMEM(shape, jnp.float32)
+    scratch["chunk_arrived"] = plgpu.Barrier(
+      num_arrivals=2, num_barriers=_CHUNK_BUFFERS
+    )
   return scratch
 
 
@@ -374,9 +383,9 @@ class _Place(NamedTuple):
 
 def _place(plan: Plan) -> _Place:
   index = lax.axis_index("block")
-  index, block = _divmod(index, plan.channel_blocks)
-  index, group = _divmod(index, plan.g)
-  row, chunk = _divmod(index, plan.chunks)
+  index, block = common.split_index(index, plan.channel_blocks)
+  index, group = common.split_index(index, plan.g)
+  row, chunk = common.split_index(index, plan.chunks)
   first = chunk * plan.tiles_per_chunk
   tiles = (
     plan.tiles
@@ -385,12 +394,6 @@ def _place(plan: Plan) -> _Place:
   )
   channels = pl.ds(block * plan.cell.lanes, plan.cell.lanes)
   return _Place(row, chunk, group, channels, first, tiles)
-
-
-def _divmod(index: Any, size: int) -> tuple[Any, Any]:
-  if size == 1:
-    return index, jnp.int32(0)
-  return lax.div(index, size), lax.rem(index, size)
 
 
 def _kernel(refs: Refs, plan: Plan) -> None:
@@ -435,8 +438,9 @@ def _kernel(refs: Refs, plan: Plan) -> None:
     slot = lax.rem(i, config.buffers)
     out_slot = lax.rem(i, 2)
     tile = tile_of(i)
-    # All but the last tile's copies have left shared memory.
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    if not plan.states_only:
+      # What all tiles but the last one wrote has left shared memory.
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
     plgpu.barrier_wait(refs["arrived"].at[slot])
     here = {name: refs[name + "_smem"].at[slot] for name in streamed}
     if "y_out" in refs:
@@ -502,11 +506,11 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: _Place, h):
       target = refs[name + "_smem"].at[slot]
       plgpu.copy_gmem_to_smem(source, target, refs["chunk_arrived"].at[slot])
 
-  for slot in range(2):
+  for slot in range(_CHUNK_BUFFERS):
     pl.when(slot < before)(functools.partial(fetch, jnp.int32(slot), slot))
 
   def step(j, h):
-    slot = lax.rem(j, 2)
+    slot = lax.rem(j, _CHUNK_BUFFERS)
     plgpu.barrier_wait(refs["chunk_arrived"].at[slot])
     inner = plan.cell.load_state(refs["chunk_state_smem"].at[slot])
     delta_sum = common.load(
@@ -515,9 +519,9 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: _Place, h):
     h = plan.cell.decay(constants.A, h, delta_sum, inner)
     plgpu.commit_smem()  # All have read the slot.
 
-    @pl.when(j + 2 < before)
+    @pl.when(j + _CHUNK_BUFFERS < before)
     def _():
-      fetch(j + 2, slot)
+      fetch(j + _CHUNK_BUFFERS, slot)
 
     return h
 

@@ -17,7 +17,16 @@ from pallas_kernels.selective_scan import mosaic_gpu_common as common
 class ScalarCell:
   """A state of one number per channel; see `mosaic_gpu_forward.Cell`."""
 
-  lanes: int = 2 * common.LANES
+  lanes: int
+
+  @classmethod
+  def for_channels(cls, e: int) -> "ScalarCell":
+    """Two channels for each lane, unless half a block would have none."""
+    wide = 2 * common.LANES
+    pays = (
+      common.cdiv(e, wide) * wide == common.cdiv(e, common.LANES) * common.LANES
+    )
+    return cls(wide if pays else common.LANES)
 
   def row_shape(self, tokens):
     return (tokens,)
