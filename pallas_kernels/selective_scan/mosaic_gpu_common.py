@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels import partition
+
 LOG2E: Final = math.log2(math.e)
 
 # Channels of a block: one for each lane of a warpgroup.
@@ -115,7 +117,13 @@ def _polynomial(x: jax.Array, coefficients: Sequence[float]) -> jax.Array:
 def load(ref: Any, layout: Any) -> jax.Array:
   """The content of `ref` as float32 in registers, laid out as asked."""
   # Not "optimized": a lane reads its own channel, rows are broadcast.
-  return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+  value = plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+  if jax.typeof(value).manual_axis_type.varying:
+    # Under `shard_map` what is read from an argument has a type that varies
+    # over the mesh, and what is computed in a kernel has not; a loop that
+    # starts with one would end with the other. The compiler drops the product.
+    value = value * 1.0
+  return value
 
 
 def store(ref: Any, value: jax.Array) -> None:
@@ -187,7 +195,7 @@ def kernel(
       found by the layout solver. Compiles faster, and to what was written.
   """
   semantics = plgpu.LoweringSemantics
-  return plgpu.kernel(
+  run = plgpu.kernel(
     body,
     out_type=list(out_type),
     scratch_types=dict(scratch_types),
@@ -206,6 +214,11 @@ def kernel(
       ),
     ),
   )
+
+  def call(*args):
+    return [partition.vary_like(x, like=args[0]) for x in run(*args)]
+
+  return call
 
 
 def split_index(index: Any, size: int) -> tuple[Any, Any]:
