@@ -6,118 +6,24 @@ Needs no TensorFlow, and as much free space as the tar files take (155 GB). The
 result is read by the official builder:
   tfds.builder("imagenet2012", file_format="array_record")
 An interrupted preparation leaves nothing that could be taken for the data set.
+
+Exit codes: 0 done (or done before); 2 wrong command line; 65 a tar file is
+damaged; 66 a tar file is missing; 69 a package is missing; 74 the data cannot
+be written; 75 interrupted.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import pathlib
-import shutil
 import sys
 
-import tensorflow_datasets as tfds
-import tqdm
-
-from experiments.datasets import (
-  imagenet,
-  records,
-  shard_writer,
-  tfds_records,
-)
 from experiments.imagenet import errors
+from vimjax import optional
 
-# About half a gigabyte each; all are open at once while writing.
-_SHARD_BYTES = 580_000_000
-
-
-def prepare(
-  tar_dir: pathlib.Path, data_dir: str | None = None, *, subset: bool = False
-) -> pathlib.Path:
-  """Writes the data set, unless it is there already.
-
-  Args:
-    tar_dir: Folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
-    data_dir: TFDS folder to write to; None means $TFDS_DATA_DIR, else
-      ~/tensorflow_datasets.
-    subset: Accept tar files with fewer images than the official ones.
-
-  Returns:
-    The folder with the data, `data_dir/imagenet2012/<version>`.
-
-  Raises:
-    MissingDataError: A tar file is not there.
-    DataError: A tar file is truncated or is something else, or the disk is too
-      small, or the folder cannot be written.
-  """
-  root = tfds_records.data_root(data_dir)
-  builder = imagenet.make_builder(str(root))
-  target = pathlib.Path(builder.data_dir)
-  if tfds_records.is_prepared(builder):
-    return target
-  for tar in imagenet.TARS.values():
-    imagenet.check_tar(tar_dir / tar.name, None if subset else tar.num_bytes)
-  with tfds_records.locked(target):
-    if tfds_records.is_prepared(builder):
-      return target  # By a process that held the lock until now.
-    # Under the lock, what is left here is from an interrupted preparation.
-    partial = target.parent / f"incomplete.vimjax_{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-      _write(builder, tar_dir, partial, subset=subset)
-      partial.rename(target)
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
-  return target
+_PACKAGES = ("array_record", "PIL", "tensorflow_datasets", "tqdm")
 
 
-def _write(
-  builder: tfds.core.DatasetBuilder,
-  tar_dir: pathlib.Path,
-  directory: pathlib.Path,
-  *,
-  subset: bool,
-) -> None:
-  """Writes both splits and the metadata into an empty folder."""
-  paths = {s: tar_dir / tar.name for s, tar in imagenet.TARS.items()}
-  sizes = {s: path.stat().st_size for s, path in paths.items()}
-  free = shutil.disk_usage(directory).free
-  if free < sum(sizes.values()):
-    raise records.DataError(
-      f"The data set takes {sum(sizes.values()) / 1e9:.1f} GB, and only "
-      f"{free / 1e9:.1f} GB are free in {directory.parent}. Free some, or "
-      "choose another folder with --data_dir."
-    )
-  splits = []
-  for split, tar in imagenet.TARS.items():
-    info = shard_writer.write_split(
-      builder,
-      directory,
-      split,
-      _examples(split, paths[split], sizes[split]),
-      num_shards=1 + sizes[split] // _SHARD_BYTES,
-    )
-    if not subset and info.num_examples != tar.num_images:
-      raise records.DataError(
-        f"{paths[split]} holds {info.num_examples:,} images instead of "
-        f"{tar.num_images:,}. Download it again, or pass --subset."
-      )
-    splits.append(info)
-  shard_writer.write_info(builder, directory, splits)
-
-
-def _examples(
-  split: str, path: pathlib.Path, size: int
-) -> Iterator[tuple[str, dict]]:
-  """Keys and examples of a tar file, with a progress bar."""
-  with tqdm.tqdm(
-    desc=split, total=size, unit="B", unit_scale=True, mininterval=1.0
-  ) as bar:
-    for example in imagenet.TARS[split].examples(path, bar.update):
-      yield example["file_name"], dict(example)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit code (`errors.ExitCode`)."""
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m experiments.prepare_imagenet",
     description=__doc__,
@@ -139,18 +45,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     action="store_true",
     help="accept tar files with fewer images than the official ones",
   )
-  args = parser.parse_args(argv)
+  return parser.parse_args(argv)
+
+
+def _fail(message: object, code: errors.ExitCode) -> errors.ExitCode:
+  print(f"error: {message}", file=sys.stderr)
+  return code
+
+
+def main(argv: Sequence[str] | None = None) -> errors.ExitCode:
+  """The command line; None means `sys.argv`."""
+  args = _parse(argv)
   try:
-    target = prepare(args.tar_dir, args.data_dir, subset=args.subset)
+    for package in _PACKAGES:
+      optional.require(package, extra="train")
+  except ModuleNotFoundError as error:
+    return _fail(error, errors.ExitCode.UNAVAILABLE)
+  from experiments.datasets import imagenet_preparation, records
+
+  try:
+    target = imagenet_preparation.prepare(
+      args.tar_dir, args.data_dir, subset=args.subset
+    )
   except KeyboardInterrupt:
-    print("Interrupted; nothing was kept.", file=sys.stderr)
-    return errors.ExitCode.INTERRUPTED
+    return _fail("interrupted; nothing was kept", errors.ExitCode.INTERRUPTED)
   except records.MissingDataError as error:
-    print(error, file=sys.stderr)
-    return errors.ExitCode.NO_INPUT
+    return _fail(error, errors.ExitCode.NO_INPUT)
   except records.DataError as error:
-    print(error, file=sys.stderr)
-    return errors.ExitCode.BAD_DATA
+    return _fail(error, errors.ExitCode.BAD_DATA)
+  except OSError as error:
+    return _fail(error, errors.ExitCode.IO_ERROR)
   print(f"ImageNet-2012 is ready in {target}")
   return errors.ExitCode.FINISHED
 

@@ -87,15 +87,19 @@ def per_shard(
   )(_reshard_explicit(given, specs))
 
 
-def zeros(
-  shape: Sequence[int], dtype: jax.typing.DTypeLike, *, like: jax.Array
+def full(
+  shape: Sequence[int],
+  fill_value: float,
+  dtype: jax.typing.DTypeLike,
+  *,
+  like: jax.Array,
 ) -> jax.Array:
-  """Zeros that vary over the same manual mesh axes as `like`.
+  """A constant array that varies over the same manual mesh axes as `like`.
 
-  A loop needs this for its first carry: plain zeros are the same on every
+  A loop needs this for its first carry: a plain constant is the same on every
   shard, and the type of a carry may not change from step to step.
   """
-  return _cast(jnp.zeros(shape, dtype), _varying(like))
+  return _cast(jnp.full(shape, fill_value, dtype), _varying(like))
 
 
 def vary_like(x: jax.Array, *, like: jax.Array) -> jax.Array:

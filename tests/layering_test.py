@@ -17,7 +17,15 @@ FORBIDDEN = {
   "experiments": ("tests",),
 }
 # What the base packages may import at module level, beside themselves.
-BASE = ("jax", "flax", "numpy", "jaxtyping", "pallas_kernels", "vimjax")
+BASE = (
+  "flax",
+  "jax",
+  "jaxlib",
+  "jaxtyping",
+  "numpy",
+  "pallas_kernels",
+  "vimjax",
+)
 
 
 def _imports(node: ast.AST) -> Iterator[tuple[str, int]]:
@@ -28,6 +36,10 @@ def _imports(node: ast.AST) -> Iterator[tuple[str, int]]:
     elif isinstance(child, ast.ImportFrom) and child.module:
       assert child.level == 0, "relative import"
       yield child.module.partition(".")[0], child.lineno
+
+
+def _is_for_type_checkers(node: ast.AST) -> bool:
+  return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
 def _files(package: str) -> list[pathlib.Path]:
@@ -54,6 +66,7 @@ def test_module_level_imports_need_only_the_base_installation(package):
     for path in _files(package)
     for statement in ast.parse(path.read_text()).body
     if not isinstance(statement, ast.FunctionDef | ast.ClassDef)
+    and not _is_for_type_checkers(statement)
     for name, line in _imports(statement)
     if name not in BASE and name not in sys.stdlib_module_names
   ]

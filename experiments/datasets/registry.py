@@ -78,7 +78,8 @@ def open_split(
   Raises:
     ValueError: There is no such data set or split.
     MissingDataError: The data must be fetched by the user; says how.
-    DataError: The data is incomplete or damaged, or cannot be prepared.
+    DataError: The data is incomplete or damaged.
+    OSError: The data cannot be written where it should be prepared.
   """
   if name not in DATASETS:
     raise records.unknown_name("data set", name, DATASETS)

@@ -65,16 +65,17 @@ def open_split(
 
   Raises:
     MissingDataError: It is not there, and `how_to_get` was given.
-    DataError: It is there but incomplete or damaged, or cannot be written.
+    DataError: It is there but incomplete or damaged.
+    OSError: It cannot be written, as when the disk is full; names the folder.
     ValueError: There is no such split, or it is empty.
   """
   root = data_root(data_dir)
-  builder = _make_builder(make_builder, root)
+  builder = builder_at(make_builder, root)
   if not is_prepared(builder):
     if how_to_get is not None:
       raise records.MissingDataError(_missing(builder, root, how_to_get))
     prepare(builder)
-    builder = _make_builder(make_builder, root)
+    builder = builder_at(make_builder, root)
   _check_split(builder, split)
   _check_shards(builder, split)
   source = builder.as_data_source(split=split, decoders=_NO_DECODING)
@@ -82,7 +83,10 @@ def open_split(
   return records.Split(_TfdsRecords(source), tuple(names))
 
 
-def _make_builder(make_builder: BuilderFn, root: pathlib.Path):
+def builder_at(
+  make_builder: BuilderFn, root: pathlib.Path
+) -> tfds.core.DatasetBuilder:
+  """Makes a builder; raises DataError where its folder cannot be read."""
   try:
     return make_builder(str(root))
   except Exception as error:
@@ -127,7 +131,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     builder: Makes its data without asking the user for anything.
 
   Raises:
-    DataError: The folder cannot be written, or the disk is full.
+    OSError: The folder cannot be written, or the disk is full; names it.
   """
   folder = pathlib.Path(builder.data_dir)
   with locked(folder):
@@ -160,7 +164,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     Nothing; the lock is held inside the `with` block, and waited for before.
 
   Raises:
-    DataError: A file could not be written, inside the block too.
+    OSError: What went wrong with a file, inside the block too; names `folder`.
   """
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +177,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
       # The system releases it when the process ends, however it ends.
       yield
   except OSError as error:
-    raise records.DataError(
+    raise OSError(
       f"Cannot write the data set into {folder}: {error}. Look at free space "
       "and permissions, or choose another folder (--config.data.dir)."
     ) from error

@@ -12,12 +12,16 @@ each image at most once in an order of its own, and leaves out the
 An unreadable image never raises here. The training stream puts the next
 readable record in its place and the evaluation stream masks it; both set
 "corrupt" and keep the unreadable record's own id in "index". Counting the
-distinct ids and stopping at `config.data.max_corrupt` is up to the caller.
+distinct ids and stopping at `config.data.max_corrupt` is up to the caller, to
+whom `why_unreadable` gives the reason.
 """
 
 from collections.abc import Iterator
 import dataclasses
+import multiprocessing
 import os
+import signal
+import threading
 
 from absl import flags
 import grain
@@ -27,10 +31,12 @@ import numpy as np
 
 from experiments.datasets import records, registry
 from experiments.imagenet import transforms
+from vimjax import preprocessing
 
 Batch = dict[str, np.ndarray]
 
-# Batches that each thread or worker process keeps ready.
+# Batches kept ready: by each worker process, or by all threads together beyond
+# those they work on.
 _BUFFERED = 2
 _MAX_THREADS = 16
 # "index" of the images that fill up the last evaluation batch.
@@ -63,6 +69,7 @@ def train_batches(
     ValueError: The batch is larger than the data set, or does not divide
       among the processes; or there is no such data set or split.
     records.DataError: The data is missing or damaged; says what to do.
+    OSError: The data cannot be written where it should be prepared.
   """
   index, count = _process(process_index, process_count)
   split = _open(config, config.data.train_split)
@@ -142,6 +149,26 @@ def class_names(config: ml_collections.ConfigDict) -> list[str] | None:
   return None if names is None else list(names)
 
 
+def why_unreadable(
+  config: ml_collections.ConfigDict, split: str, index: int
+) -> str | None:
+  """Says what is wrong with a record that a batch flagged as corrupt.
+
+  Args:
+    config: The run's configuration.
+    split: The split that the batch came from.
+    index: The record's id.
+
+  Returns:
+    The error that reading it gives, in a line; None if it can be read.
+  """
+  try:
+    _decode(_open(config, split).records, index)
+  except Exception as error:  # As in `_try_decode`.
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+  return None
+
+
 def _open(config: ml_collections.ConfigDict, split: str) -> records.Split:
   return registry.open_split(config.data.name, split, config.data.dir)
 
@@ -185,7 +212,7 @@ class _TrainSource:
 
   def __getitem__(self, index: int) -> dict:
     for position in range(index, index + self._tries + 1):
-      example = _decode(self._records, position % len(self))
+      example = _try_decode(self._records, position % len(self))
       if example is not None:
         break
     else:
@@ -197,15 +224,19 @@ class _TrainSource:
     }
 
 
-def _decode(source: records.Records, index: int) -> dict | None:
+def _try_decode(source: records.Records, index: int) -> dict | None:
   """A record with its image decoded; None if it is unreadable."""
   try:
-    record = source[index]
-    image = transforms.decode(record["image"])
+    return _decode(source, index)
   except Exception:
     # Damaged bytes make the libraries raise almost anything; a fault that is
     # not the record's shows as many unreadable records, which stop the run.
     return None
+
+
+def _decode(source: records.Records, index: int) -> dict:
+  record = source[index]
+  image = transforms.decode(record["image"])
   return {"image": image, "label": np.int32(record["label"])}
 
 
@@ -260,12 +291,10 @@ class _EvalSource:
     }
 
   def _load(self, index: int) -> dict | None:
-    from vimjax import preprocessing
-
     try:
       record = self._records[index]
       image = transforms.decode_pillow(record["image"])
-    except Exception:  # As in `_decode`.
+    except Exception:  # As in `_try_decode`.
       return None
     image = preprocessing.resize_and_crop(
       image, size=self._size, crop_fraction=self._crop_fraction
@@ -328,12 +357,27 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Iterator[Batch]:
     transforms.one_thread()
     threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     read = grain.ReadOptions(
-      num_threads=threads, prefetch_buffer_size=threads * _BUFFERED
+      num_threads=threads, prefetch_buffer_size=threads + _BUFFERED
     )
     loader = dataset.to_iter_dataset(read)
   return iter(loader)
 
 
 def _start_worker(index: int, count: int) -> None:
+  """Makes a worker process live exactly as long as its run."""
   del index, count
   transforms.one_thread()
+  # Signals often go to the whole group (Ctrl-C, job schedulers). What they mean
+  # is for the main process to decide, which still needs batches to get to the
+  # end of its step; grain stops its workers by other means.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  # After `kill -9` of the main process nobody would stop them.
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+    os._exit(1)

@@ -21,11 +21,11 @@ class Interrupt:
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
     del frame
-    self.received = signal.Signals(number).name
     # Whoever asks twice wants no more waiting: the next signal ends the
     # process at once, even inside compiled code.
     for each in SIGNALS:
       signal.signal(each, signal.SIG_DFL)
+    self.received = signal.Signals(number).name
     # os.write: print is not safe in a handler that interrupts a print.
     os.write(
       2,

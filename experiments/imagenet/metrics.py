@@ -94,10 +94,9 @@ class _Events:
     )
     writer = optional.require("tensorboardX.event_file_writer", extra="train")
     folder.mkdir(exist_ok=True)
-    # The process number: a run that is restarted within a second must not
-    # write into the file of the one before.
+    # The names that tensorboardX gives differ only from second to second.
     self._writer = writer.EventsWriter(
-      str(folder / "events"), f".{os.getpid()}"
+      str(folder / "events"), f".{time.time_ns()}"
     )
     if start_step:
       # Hides what a killed run wrote beyond this step.

@@ -181,10 +181,10 @@ def make_train_step(
     metrics = {
       "loss": loss,
       "accuracy": accuracy,
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       # Its square overflows long before the parameters do, so a step that is
       # about to destroy them is seen before it is saved.
-      "update_norm": optax.global_norm(updates),
+      "update_norm": optax.tree.norm(updates),
       "lr": schedule(state.step),
     }
     metrics["finite"] = jnp.isfinite(sum(metrics.values()))

@@ -36,7 +36,7 @@ def selective_scan(
 
   h = args.initial_state
   if h is None:
-    h = partition.zeros((b, d, n), dtype, like=args.u)
+    h = partition.full((b, d, n), 0, dtype, like=args.u)
   tokens = (args.u, delta, args.B, args.C)
   tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
   h, y = jax.lax.scan(step, h, tokens, reverse=options.reverse)

@@ -37,7 +37,7 @@ def selective_scan(
 
   h = args.initial_state
   if h is None:
-    h = partition.zeros((b, d, n), dtype, like=args.u)
+    h = partition.full((b, d, n), 0, dtype, like=args.u)
   tokens = (
     delta.reshape(b, l, g, e),
     (delta * args.u).reshape(b, l, g, e),

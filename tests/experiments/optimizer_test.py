@@ -103,7 +103,7 @@ def test_clipping_scales_large_gradients_and_leaves_small_ones():
     c = _config(**{"optimizer.clip_norm": clip_norm})
     tx = optimizer.make_optimizer(c, lambda step: 1.0)
     _, state = tx.update(grads, tx.init(params), params)
-    return optax.tree_utils.tree_get(state, "mu")["w"]
+    return optax.tree.get(state, "mu")["w"]
 
   np.testing.assert_allclose(first_moment(0.0), [[0.3, 0.4]], rtol=1e-6)
   np.testing.assert_allclose(first_moment(1.0), [[0.06, 0.08]], rtol=1e-6)

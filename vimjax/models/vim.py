@@ -184,6 +184,12 @@ class Vim(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
+    for name in ("patch_size", "stride", "depth", "embed_dim", "num_classes"):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(
+          f"Vim: {name} must be a positive integer, got {value!r}."
+        )
     for name, choices in (
       ("class_token", get_args(ClassToken)),
       ("pos_embed_resize", get_args(PosEmbedResize)),

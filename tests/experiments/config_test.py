@@ -1,0 +1,164 @@
+"""Configurations: found by name, complete, and wrong ones answered clearly."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import config_names
+from experiments.imagenet import run as run_lib
+from experiments.imagenet import rundir
+from experiments.imagenet.configs import _base, vim_small, vim_tiny
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_FOLDER = _ROOT / "experiments" / "imagenet" / "configs"
+
+
+class TestNames:
+  @pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+      (["--config", "vim_tiny"], ["--config", f"{_FOLDER}/vim_tiny.py"]),
+      (["--config=vim_tiny"], [f"--config={_FOLDER}/vim_tiny.py"]),
+      (["-config=vim_tiny"], [f"-config={_FOLDER}/vim_tiny.py"]),
+      (["--config=vim_tiny:smoke"], [f"--config={_FOLDER}/vim_tiny.py:smoke"]),
+      ([f"--config={__file__}:x"], [f"--config={__file__}:x"]),
+      (["--config.seed=vim_tiny"], ["--config.seed=vim_tiny"]),
+      (["--workdir", "d", "--config"], ["--workdir", "d", "--config"]),
+    ],
+  )
+  def test_a_name_becomes_a_path_and_nothing_else_changes(self, given, wanted):
+    assert config_names.resolve(["prog", *given], _FOLDER) == ["prog", *wanted]
+
+  @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+      ("vim_tny", "Did you mean 'vim_tiny'?"),
+      ("vimsmall:smoke", "Did you mean 'vim_small'?"),
+      ("nowhere/vim_tiny.py", "Choose from"),
+      ("_base", "Choose from"),
+      ("", "Choose from"),
+    ],
+  )
+  def test_a_wrong_name_is_answered_with_the_nearest(self, name, hint):
+    with pytest.raises(config_names.UnknownConfigError) as error:
+      config_names.resolve(["prog", f"--config={name}"], _FOLDER)
+    assert hint in str(error.value)
+    assert "vim_small, vim_tiny" in str(error.value)
+
+
+class TestFiles:
+  @pytest.mark.parametrize("config", [vim_tiny, vim_small])
+  @pytest.mark.parametrize("argument", ["", "smoke"])
+  def test_a_config_changes_values_and_adds_no_field(self, config, argument):
+    c = config.get_config(argument)
+    base = _base.get_config()
+    assert (
+      rundir.flatten(c.to_dict()).keys()
+      == rundir.flatten(base.to_dict()).keys()
+    )
+
+  def test_the_recipes_are_the_papers(self):
+    tiny, small = vim_tiny.get_config(), vim_small.get_config()
+    # (batch, rate, decay, drop path) of pt-vim-t.sh and pt-vim-s.sh.
+    assert _recipe(tiny) == (1024, 1e-3, 0.1, None)
+    assert _recipe(small) == (512, 1e-3, 0.05, 0.05)
+    for c in (tiny, small):
+      assert (c.epochs, c.optimizer.warmup_epochs) == (300, 5)
+      assert (c.optimizer.warmup_lr, c.optimizer.final_lr) == (1e-6, 1e-5)
+      assert (c.label_smoothing, c.ema_decay) == (0.1, 0.99996)
+      assert c.optimizer.clip_norm == 0
+      assert c.eval_weights == "model"
+
+  def test_a_wrong_argument_is_answered_with_the_nearest(self):
+    with pytest.raises(ValueError, match="Did you mean 'smoke'"):
+      vim_tiny.get_config("smok")
+
+  def test_the_models_have_the_papers_sizes(self):
+    model = run_lib.make_model(vim_small.get_config())
+    assert (model.embed_dim, model.depth, model.image_size) == (384, 24, 224)
+    assert model.drop_path_rate == 0.05
+    smoke = run_lib.make_model(vim_tiny.get_config("smoke"))
+    assert (smoke.embed_dim, smoke.depth, smoke.image_size) == (192, 2, 64)
+
+
+def _recipe(c):
+  return (
+    c.batch_size,
+    c.optimizer.peak_lr,
+    c.optimizer.weight_decay,
+    c.model.overrides.drop_path_rate,
+  )
+
+
+class TestCommandLine:
+  @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+      (["--config=vim_tny"], "Did you mean 'vim_tiny'?"),
+      (["--config=vim_tiny:smok"], "Did you mean 'smoke'?"),
+      (
+        ["--config=vim_tiny", "--config.optimizer.peaklr=1"],
+        "no field 'peaklr'. Did you mean 'peak_lr'?",
+      ),
+      (
+        ["--config=vim_tiny", "--config.optimiser.peak_lr=1"],
+        "no field 'optimiser'. Did you mean 'optimizer'?",
+      ),
+      (["--config=vim_tiny", "--config.batch_size=many"], "config.batch_size"),
+      (["--config=vim_tiny", "--wrkdir=x"], "Did you mean: workdir"),
+      (["--config=vim_tiny", "extra"], "unexpected argument 'extra'"),
+      ([], "--config must have a value"),
+      (
+        ["--config=vim_tiny:smoke", "--config.model.name=vim_tny"],
+        "Did you mean ['vim_tiny'",
+      ),
+      (
+        ["--config=vim_tiny:smoke", "--config.model.overrides.num_classes=5"],
+        "num_classes=5 is too small",
+      ),
+      (
+        ["--config=vim_tiny:smoke", "--config.data.name=imagnet"],
+        "Unknown data set 'imagnet'",
+      ),
+      (
+        [
+          "--config=vim_tiny:smoke",
+          "--config.eval_weights=average",
+          "--config.model.overrides.dtype=float8",
+        ],
+        "config.eval_weights='average' must be",
+      ),
+    ],
+  )
+  def test_a_mistake_is_one_clear_message(
+    self, job, tmp_path, arguments, message
+  ):
+    code, out, err = job.run(tmp_path, config=arguments)
+    assert code == 2, err
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+  def test_help_lists_configurations_and_exit_codes(self, job):
+    code, out, _ = job.run(None, config=["--help"])
+    assert code == 0
+    assert "vim_small, vim_tiny" in out
+    assert "75  interrupted" in out
+
+  def test_a_missing_package_names_the_extra(self, job):
+    script = (
+      "import runpy, sys; sys.modules['optax'] = None;"
+      "runpy.run_module('experiments.imagenet', run_name='__main__')"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", script],
+      cwd=_ROOT,
+      env=job.environment(),
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == 69
+    assert "pip install 'vimjax[train]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,430 @@
+"""The compiled steps and the bookkeeping around them, without processes."""
+
+import json
+
+import chex
+from flax import linen as nn
+import jax
+from jax.sharding import AxisType
+import numpy as np
+import optax
+import pytest
+from tensorboardX import proto
+
+from experiments.imagenet import corrupt as corrupt_lib
+from experiments.imagenet import errors, metrics, optimizer, rundir, steps
+from experiments.imagenet import run as run_lib
+from experiments.imagenet.configs import vim_tiny
+
+_SIZE, _CLASSES = 8, 4
+
+
+class _Linear(nn.Module):
+  """Logits that are linear in the pixels, with optional noise in training."""
+
+  noise: float = 0.0
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    x = images.reshape(len(images), -1)
+    if train and self.noise:
+      x += self.noise * jax.random.normal(self.make_rng("drop_path"), x.shape)
+    return nn.Dense(_CLASSES, name="head")(x)
+
+
+def _config(**changes):
+  c = vim_tiny.get_config("smoke")
+  c.data.image_size = _SIZE
+  c.model.overrides.num_classes = _CLASSES
+  c.optimizer.schedule = "constant"
+  c.optimizer.warmup_epochs = 0.0
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+def _mesh(devices=1):
+  return jax.make_mesh(
+    (devices,),
+    ("data",),
+    axis_types=(AxisType.Auto,),
+    devices=jax.devices()[:devices],
+  )
+
+
+def _batch(b=8, size=_SIZE, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    "image": rng.integers(0, 256, (b, size, size, 3), np.uint8),
+    "label": rng.integers(0, _CLASSES, b).astype(np.int32),
+  }
+
+
+def _trainer(model, config, mesh):
+  schedule = optimizer.make_schedule(config, 10)
+  tx = optimizer.make_optimizer(config, schedule)
+  with jax.set_mesh(mesh):
+    state = steps.make_state(model, tx, config, mesh)
+  return state, steps.make_train_step(model, tx, schedule, config, mesh)
+
+
+def _run(model, config, mesh, batches):
+  """State and metrics after one step on each batch."""
+  state, train_step = _trainer(model, config, mesh)
+  numbers = None
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      on_device = steps.put_batch(batch, config, mesh)
+      state, numbers = train_step(state, on_device)
+  return jax.device_get((state, numbers))
+
+
+class TestTrainStep:
+  def test_loss_is_the_smoothed_cross_entropy_of_normalised_pixels(self):
+    config, mesh, batch = _config(), _mesh(), _batch()
+    state, _ = _trainer(_Linear(), config, mesh)
+    head = jax.device_get(state.params["head"])
+    _, got = _run(_Linear(), config, mesh, [batch])
+
+    mean, std = np.array(config.data.mean), np.array(config.data.std)
+    x = ((batch["image"] / 255 - mean) / std).reshape(8, -1)
+    logits = x @ head["kernel"].astype(np.float64) + head["bias"]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    target = np.full((8, _CLASSES), 0.1 / _CLASSES)
+    target[np.arange(8), batch["label"]] += 0.9
+    np.testing.assert_allclose(
+      got["loss"], -(target * log_p).sum(-1).mean(), rtol=1e-5
+    )
+    right = (logits.argmax(-1) == batch["label"]).mean()
+    np.testing.assert_allclose(got["accuracy"], right, rtol=1e-6)
+    np.testing.assert_allclose(got["lr"], 1e-3, rtol=1e-6)
+    assert got["finite"]
+
+  def test_average_moves_towards_the_new_parameters(self):
+    config, mesh = _config(ema_decay=0.75), _mesh()
+    start = jax.device_get(_trainer(_Linear(), config, mesh)[0])
+    chex.assert_trees_all_equal(start.ema_params, start.params)
+    state, _ = _run(_Linear(), config, mesh, [_batch()])
+    want = jax.tree.map(
+      lambda old, new: 0.75 * old + 0.25 * new, start.params, state.params
+    )
+    chex.assert_trees_all_close(state.ema_params, want, rtol=1e-6, atol=1e-8)
+
+  def test_no_average_is_kept_with_decay_0(self):
+    state, _ = _run(_Linear(), _config(ema_decay=0.0), _mesh(), [_batch()])
+    assert state.ema_params is None
+
+  def test_noise_depends_on_seed_and_step_alone(self):
+    mesh, model = _mesh(), _Linear(noise=1.0)
+    losses = []
+    for seed in (0, 1):
+      # A rate of 0: the two steps differ in nothing but their noise.
+      config = _config(**{"seed": seed, "optimizer.peak_lr": 0.0})
+      first, train_step = _trainer(model, config, mesh)
+      batch = steps.put_batch(_batch(), config, mesh)
+      for _ in range(2):
+        state = jax.tree.map(lambda x: x.copy(), first)
+        for _ in range(2):
+          state, numbers = train_step(state, batch)
+          losses.append(float(numbers["loss"]))
+    assert losses[:2] == losses[2:4]
+    assert losses[4:6] == losses[6:]
+    assert len(set(losses)) == 4
+
+  @pytest.mark.parametrize("rate", [1e30, float("nan")])
+  def test_a_step_that_destroys_the_parameters_is_not_finite(self, rate):
+    config = _config(**{"optimizer.peak_lr": rate})
+    _, numbers = _run(_Linear(), config, _mesh(), [_batch()])
+    assert np.isfinite(numbers["loss"])
+    assert not numbers["finite"]
+
+  def test_clipping_changes_the_step_but_not_the_reported_norm(self):
+    (free, a), (clipped, b) = (
+      _run(
+        _Linear(), _config(**{"optimizer.clip_norm": c}), _mesh(), [_batch()]
+      )
+      for c in (0.0, 0.01)
+    )
+    assert a["grad_norm"] == b["grad_norm"] > 0.01
+    # The first moment is a tenth of the first gradient.
+    norm = lambda state: float(
+      optax.tree.norm(optax.tree.get(state.opt_state, "mu"))
+    )
+    np.testing.assert_allclose(norm(clipped), 0.1 * 0.01, rtol=1e-4)
+    np.testing.assert_allclose(norm(free), 0.1 * a["grad_norm"], rtol=1e-4)
+
+
+def _vim_config(**changes):
+  return _config(
+    **{
+      "data.image_size": 32,
+      "model.overrides.patch_size": 8,
+      "model.overrides.stride": 8,
+      "model.overrides.embed_dim": 32,
+      "model.overrides.depth": 1,
+      "batch_size": 16,
+      **changes,
+    }
+  )
+
+
+_VIM_BATCHES = [_batch(16, 32, seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """State and metrics of a small Vim after three steps on one device."""
+  config = _vim_config()
+  return _run(run_lib.make_model(config), config, _mesh(), _VIM_BATCHES)
+
+
+class TestOnAMesh:
+  @pytest.mark.parametrize("scan_layers", [False, True])
+  def test_train_step_of_vim_gathers_nothing_over_8_devices(self, scan_layers):
+    config = _vim_config(
+      **{
+        "model.overrides.scan_layers": scan_layers,
+        "model.overrides.depth": 2 if scan_layers else 1,
+        "model.overrides.drop_path_rate": 0.1,
+      }
+    )
+    mesh = steps.make_mesh()
+    assert mesh.shape == {"data": 8}
+    with jax.set_mesh(mesh):
+      state, train_step = _trainer(run_lib.make_model(config), config, mesh)
+      batch = steps.put_batch(_batch(16, 32), config, mesh)
+      text = train_step.lower(state, batch).compile().as_text()
+    assert "all-reduce" in text  # The gradients, so the mesh was used.
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+      assert collective not in text
+
+  def test_8_devices_compute_what_one_does(self, one_device):
+    config = _vim_config()
+    model = run_lib.make_model(config)
+    state, numbers = _run(model, config, _mesh(8), _VIM_BATCHES)
+    want_state, want_numbers = one_device
+    np.testing.assert_allclose(numbers["loss"], want_numbers["loss"], rtol=1e-5)
+    # Adam divides by the gradient's size, so rounding shows as a share of the
+    # rate of 1e-3, not of the parameter.
+    chex.assert_trees_all_close(state.params, want_state.params, atol=1e-4)
+
+  def test_bfloat16_is_close_to_float32_and_keeps_float32_parameters(
+    self, one_device
+  ):
+    config = _vim_config(**{"model.overrides.dtype": "bfloat16"})
+    model = run_lib.make_model(config)
+    state, numbers = _run(model, config, _mesh(), _VIM_BATCHES)
+    chex.assert_tree_all_finite(state.params)
+    dtypes = {x.dtype for x in jax.tree.leaves(state.params)}
+    assert dtypes == {np.dtype("float32")}
+    want = one_device[1]["loss"]
+    # 8 bits of mantissa: 2**-8 relative.
+    np.testing.assert_allclose(numbers["loss"], want, rtol=2**-8)
+    assert numbers["loss"] != want
+
+
+class TestEvaluation:
+  def test_masked_images_do_not_count_and_all_others_count_once(self):
+    config, mesh = _config(), _mesh(8)
+    state, _ = _trainer(_Linear(), config, mesh)
+    eval_step = steps.make_eval_step(_Linear(), config, mesh)
+    batches = [_batch(16, seed=1), _batch(16, seed=2)]
+    masks = [np.ones(16, bool), np.arange(16) < 5]
+    want = []
+    for batch, mask in zip(batches, masks, strict=True):
+      batch["mask"] = mask
+      for i in np.flatnonzero(mask):
+        one = {k: v[i : i + 1].repeat(8, 0) for k, v in batch.items()}
+        with jax.set_mesh(mesh):
+          on_device = steps.put_batch(one, config, mesh)
+          out = jax.device_get(eval_step(state.params, on_device))
+        assert out["count"] == 8
+        want.append((out["loss"] / 8, out["correct"] / 8))
+    with jax.set_mesh(mesh):
+      got = steps.evaluate(
+        eval_step,
+        state.params,
+        (steps.put_batch(batch, config, mesh) for batch in batches),
+      )
+    assert got["examples"] == 21
+    loss, accuracy = np.mean(want, axis=0)
+    np.testing.assert_allclose(got["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(got["accuracy"], accuracy, rtol=1e-6)
+
+  def test_a_split_without_readable_images_is_an_error(self):
+    with pytest.raises(ValueError, match="no readable image"):
+      steps.evaluate(lambda params, batch: {}, {}, iter(()))
+
+
+class TestWrongBatches:
+  @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+      ("image", np.zeros((8, 8, 8, 3), np.float32), "uint8.*got float32"),
+      ("image", np.zeros((8, 9, 9, 3), np.uint8), r"got .*\(8, 9, 9, 3\)"),
+      ("image", np.zeros((8, 3, 8, 8), np.uint8), r"got .*\(8, 3, 8, 8\)"),
+      ("image", np.zeros((7, 8, 8, 3), np.uint8), r"got .*\(7, 8, 8, 3\)"),
+      ("label", np.zeros(8, np.int64), "int32.*got int64"),
+      ("label", np.zeros((8, 1), np.int32), r"got int32 .*\(8, 1\)"),
+      ("label", np.full(8, _CLASSES, np.int32), "num_classes=4"),
+      ("label", np.full(8, -1, np.int32), "got -1 to -1"),
+      ("mask", np.ones(8, np.int32), "bool.*got int32"),
+    ],
+  )
+  def test_what_is_wrong_is_named(self, name, value, message):
+    batch = _batch() | {name: value}
+    with pytest.raises(ValueError, match=message):
+      steps.put_batch(batch, _config(), _mesh())
+
+
+class TestConfigChecks:
+  @pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+      ("batch_size", 12, "batch_size=12 must be a multiple of the 8 devices"),
+      ("batch_size", 0, "batch_size=0 must be positive"),
+      ("eval_batch_size", 12, "eval_batch_size=12 must be a multiple"),
+      ("epochs", 0.0, "epochs=0.0 must be positive"),
+      ("ema_decay", 1.0, "ema_decay=1.0"),
+      ("eval_weights", "best", "'model' or 'ema'"),
+      ("data.valid_split", "", "data.valid_split='' must be given"),
+      ("model.overrides.dtype", "float64", "one of ['bfloat16', 'float32']"),
+      ("log.every_steps", 0, "every_steps=0 must be >= 1"),
+      ("checkpoint.keep", 0, "keep=0 must be >= 1"),
+    ],
+  )
+  def test_impossible_values_are_named(self, field, value, message):
+    run_lib.check_config(_config())
+    with pytest.raises(errors.ConfigError) as error:
+      run_lib.check_config(_config(**{field: value}))
+    assert f"config.{field}" in str(error.value)
+    assert message in str(error.value)
+
+  def test_evaluating_the_average_needs_one(self):
+    config = _config(eval_weights="ema", ema_decay=0.0)
+    with pytest.raises(errors.ConfigError, match="eval_weights='ema'"):
+      run_lib.check_config(config)
+
+  def test_plan_rounds_epochs_to_steps_and_never_to_none(self):
+    config = _config(
+      **{
+        "epochs": 2.5,
+        "eval_every_epochs": 0.01,
+        "checkpoint.every_epochs": 0.5,
+      }
+    )
+    plan = run_lib.make_plan(config, 10)
+    assert (plan.total_steps, plan.eval_every, plan.checkpoint_every) == (
+      25,
+      1,
+      5,
+    )
+    assert [s for s in range(26) if plan.saves(s)] == [0, 5, 10, 15, 20, 25]
+    assert not plan.evaluates(0)
+    assert plan.evaluates(25)
+
+
+class TestRecordedConfig:
+  def test_free_fields_may_change_and_are_kept(self, tmp_path):
+    rundir.record_config(tmp_path, _config(), step=0, changed={})
+    now = _config(**{"epochs": 9.0, "model.overrides.dtype": "bfloat16"})
+    changed = rundir.compare_config(tmp_path, now)
+    assert changed == {
+      "epochs": (4.0, 9.0),
+      "model.overrides.dtype": ("float32", "bfloat16"),
+    }
+    rundir.record_config(tmp_path, now, step=7, changed=changed)
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded["config"]["epochs"] == 9.0
+    assert recorded["changes"][0] == {
+      "step": 7,
+      "field": "epochs",
+      "from": 4.0,
+      "to": 9.0,
+    }
+    assert recorded["versions"]["jax"] == jax.__version__
+    assert rundir.compare_config(tmp_path, now) == {}
+
+  @pytest.mark.parametrize(
+    "field", ["seed", "batch_size", "data.name", "model.overrides.depth"]
+  )
+  def test_fields_that_checkpoints_depend_on_may_not(self, tmp_path, field):
+    rundir.record_config(tmp_path, _config(), step=0, changed={})
+    value = "digits" if field == "data.name" else 8
+    with pytest.raises(errors.ConflictError, match=f"config.{field}: "):
+      rundir.compare_config(tmp_path, _config(**{field: value}))
+
+
+class TestMetrics:
+  def test_lines_beyond_the_restored_step_and_torn_ones_are_dropped(
+    self, tmp_path
+  ):
+    writer = metrics.Writer(tmp_path, start_step=0, tensorboard=False)
+    for step in (1, 2, 3):
+      writer.write(step, "train", {"loss": 1 / step})
+    writer.write(2, "valid", {"loss": 9.0})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+      file.write('{"step": 4, "spl')
+
+    writer = metrics.Writer(tmp_path, start_step=2, tensorboard=False)
+    writer.write(3, "train", {"loss": 7.0})
+    writer.close()
+    assert metrics.read(tmp_path) == [
+      {"step": 1, "split": "train", "loss": 1.0},
+      {"step": 2, "split": "train", "loss": 0.5},
+      {"step": 2, "split": "valid", "loss": 9.0},
+      {"step": 3, "split": "train", "loss": 7.0},
+    ]
+
+  def test_tensorboard_gets_every_number_and_the_step_of_a_restart(
+    self, tmp_path
+  ):
+    for start in (0, 2):
+      writer = metrics.Writer(tmp_path, start_step=start, tensorboard=True)
+      writer.write(start + 1, "train", {"loss": 0.5, "lr": 0.25})
+      writer.close()
+    events = [e for f in _event_files(tmp_path) for e in _read_events(f)]
+    values = [
+      (e.step, v.tag, v.simple_value) for e in events for v in e.summary.value
+    ]
+    assert sorted(values) == [
+      (1, "train/loss", 0.5),
+      (1, "train/lr", 0.25),
+      (3, "train/loss", 0.5),
+      (3, "train/lr", 0.25),
+    ]
+    restarts = [e.step for e in events if e.HasField("session_log")]
+    assert restarts == [3]
+
+
+def _event_files(folder):
+  return sorted((folder / "tensorboard").iterdir())
+
+
+def _read_events(path):
+  """Events of a TFRecord file: length, its checksum, data, its checksum."""
+  data, at = path.read_bytes(), 0
+  while at < len(data):
+    n = int.from_bytes(data[at : at + 8], "little")
+    yield proto.event_pb2.Event.FromString(data[at + 12 : at + 12 + n])
+    at += 12 + n + 4
+
+
+class TestCorrupt:
+  def _see(self, counter, split, ids, corrupt):
+    batch = {"index": np.array(ids), "corrupt": np.array(corrupt, bool)}
+    counter.see(split, batch)
+
+  def test_a_record_counts_once_per_split(self):
+    counter = corrupt_lib.Corrupt(3, {"train": [4]})
+    self._see(counter, "train", [4, 5, 6], [1, 1, 0])
+    self._see(counter, "train", [4, 5, 6], [1, 1, 0])
+    self._see(counter, "validation", [4, -1], [1, 0])
+    assert counter.count == 3
+    assert counter.by_split() == {"train": [4, 5], "validation": [4]}
+
+  def test_one_more_than_the_limit_is_an_error_with_the_records(self):
+    counter = corrupt_lib.Corrupt(1, {})
+    self._see(counter, "train", [8], [1])
+    with pytest.raises(errors.CorruptDataError, match=r"max_corrupt=1.*8, 9"):
+      self._see(counter, "train", [9], [1])
