@@ -25,7 +25,7 @@ b batch, l length, d channels, n state size, g groups, e = d // g channels of a
 group, k chunks.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,53 +33,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.selective_scan import (
   mosaic_gpu_backward_block,
+  mosaic_gpu_backward_n1,
   mosaic_gpu_backward_plan,
   tuning,
 )
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
+Inputs = mosaic_gpu_backward_plan.Inputs
+Outputs = mosaic_gpu_backward_plan.Outputs
 Plan = mosaic_gpu_backward_plan.Plan
-
-
-class Inputs(NamedTuple):
-  """What the kernel reads.
-
-  Attributes:
-    checkpoints: The state with which the scan enters each tile, tiles in memory
-      order.
-    dy: The gradient of the output.
-    dstate: The gradient of the state after each chunk, in scan order.
-  """
-
-  u: Float[Array, "b l d"]
-  delta: Float[Array, "b l d"]
-  A: Float[Array, "d n"]
-  B: Float[Array, "b g l n"]
-  C: Float[Array, "b g l n"]
-  D: Float[Array, "d"] | None
-  z: Float[Array, "b l d"] | None
-  delta_bias: Float[Array, "d"] | None
-  checkpoints: Float[Array, "b tiles d n"]
-  dy: Float[Array, "b l d"]
-  dstate: Float[Array, "b k d n"] | None
-
-
-class Outputs(NamedTuple):
-  """Gradients of the inputs of the scan; None where there was no input.
-
-  Attributes:
-    dstate: The gradient of the state before each chunk, in scan order.
-  """
-
-  u: Float[Array, "b l d"]
-  delta: Float[Array, "b l d"]
-  A: Float[Array, "d n"]
-  B: Float[Array, "b g l n"]
-  C: Float[Array, "b g l n"]
-  D: Float[Array, "d"] | None
-  z: Float[Array, "b l d"] | None
-  delta_bias: Float[Array, "d"] | None
-  dstate: Float[Array, "b k d n"]
 
 
 def backward(
@@ -105,9 +67,9 @@ def backward(
   Args:
     u: Input. The channels of a group, d // g, are a multiple of 16 bytes.
     delta: Step sizes.
-    A: State matrix; n is a multiple of 4.
-    B: Input matrix.
-    C: Output matrix.
+    A: State matrix; n is 1 or a multiple of 4.
+    B: Input matrix; for n = 1 (b, g, l), with l padded to a multiple of 4.
+    C: Output matrix, like B.
     D: Skip connection.
     z: Gate.
     delta_bias: Added to delta.
@@ -124,26 +86,20 @@ def backward(
     Gradients of u, delta, A, B, C, D, z, delta_bias and of the state before the
     first token in scan order; None for what was not given.
   """
-  b, l, d = u.shape
-  g, n = B.shape[1], A.shape[1]
-  plan = Plan(
-    b=b,
-    l=l,
-    g=g,
-    e=d // g,
-    n=n,
-    tile=config.backward_tile,
-    chunks=1,
-    softplus=softplus,
-    reverse=reverse,
-  )
   if dstate is not None:
     dstate = dstate[:, None]
-  out = scan(
-    Inputs(u, delta, A, B, C, D, z, delta_bias, checkpoints, dy, dstate),
-    plan,
-    interpret,
+  inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, checkpoints, dy, dstate)
+  b, l, d = u.shape
+  g, n = B.shape[1], A.shape[1]
+  sizes: dict[str, Any] = dict(
+    b=b, l=l, g=g, e=d // g, chunks=1, softplus=softplus, reverse=reverse
   )
+  if n == 1:
+    out = mosaic_gpu_backward_n1.scan(
+      inputs, mosaic_gpu_backward_n1.plan(config, u.dtype, **sizes), interpret
+    )
+  else:
+    out = scan(inputs, Plan(tile=config.backward_tile, n=n, **sizes), interpret)
   return out._replace(dstate=out.dstate[:, 0])
 
 
@@ -164,7 +120,7 @@ def scan(
     name="selective_scan_backward",
     out_type=list(out_type.values()),
     scratch_types=mosaic_gpu_backward_block.scratch_types(arrays, plan),
-    grid={"block": plan.b * plan.chunks * plan.g * plan.channel_blocks},
+    grid={"block": plan.blocks},
     interpret=interpret,
     lane_semantics=True,
   )(*arrays.values())

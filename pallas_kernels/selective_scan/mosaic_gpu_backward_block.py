@@ -73,41 +73,6 @@ def _sequences(names: Mapping[str, Any]) -> list[str]:
   return [name for name in ("u", "delta", "z", "dy") if name in names]
 
 
-class _Place(NamedTuple):
-  """Which part of the problem a block works on.
-
-  Attributes:
-    row: Batch row.
-    group: Group of channels.
-    block: Block of the channels of the group.
-    chunk: Row and chunk of the sequence in one index.
-    first_tile: First tile of the chunk, in memory order.
-    tiles: Tiles of the chunk.
-  """
-
-  row: Any
-  group: Any
-  block: Any
-  chunk: Any
-  first_tile: Any
-  tiles: Any
-
-
-def _place(plan: mosaic_gpu_backward_plan.Plan) -> _Place:
-  index, block = common.split_index(
-    lax.axis_index("block"), plan.channel_blocks
-  )
-  chunk, group = common.split_index(index, plan.g)
-  row, k = common.split_index(chunk, plan.chunks)
-  first = k * plan.tiles_per_chunk
-  tiles = (
-    jnp.int32(plan.tiles)
-    if plan.chunks == 1
-    else jnp.minimum(plan.tiles - first, plan.tiles_per_chunk)
-  )
-  return _Place(row, group, block, chunk, first, tiles)
-
-
 class _Carry(NamedTuple):
   """What a block takes from tile to tile.
 
@@ -139,7 +104,7 @@ class _Block:
 
   def __init__(self, refs: Refs, plan: mosaic_gpu_backward_plan.Plan):
     self.refs, self.plan = refs, plan
-    self.place = place = _place(plan)
+    self.place = place = plan.place()
     self.layout = plan.part_layout()
     self.flat = plan.flat_layout(plan.kept_shape)
     self.rows = pl.ds(place.block * plan.rows, plan.rows)

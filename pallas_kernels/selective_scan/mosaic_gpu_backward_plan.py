@@ -1,26 +1,92 @@
-"""Sizes and register layouts of `mosaic_gpu_backward`."""
+"""Arrays, sizes and register layouts of the backward kernels."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
 
+class Inputs(NamedTuple):
+  """What the kernels read; sizes as prepared by `mosaic_gpu`.
+
+  With one state B and C are (b, g, l), l padded to a multiple of 4.
+
+  Attributes:
+    checkpoints: The state with which the scan enters each tile, tiles in memory
+      order.
+    dy: The gradient of the output.
+    dstate: The gradient of the state after each chunk, in scan order.
+  """
+
+  u: Float[Array, "b l d"]
+  delta: Float[Array, "b l d"]
+  A: Float[Array, "d n"]
+  B: Float[Array, "b g l n"]
+  C: Float[Array, "b g l n"]
+  D: Float[Array, "d"] | None
+  z: Float[Array, "b l d"] | None
+  delta_bias: Float[Array, "d"] | None
+  checkpoints: Float[Array, "b tiles d n"]
+  dy: Float[Array, "b l d"]
+  dstate: Float[Array, "b k d n"] | None
+
+
+class Outputs(NamedTuple):
+  """Gradients of the inputs of the scan; None where there was no input.
+
+  Attributes:
+    dstate: The gradient of the state before each chunk, in scan order.
+  """
+
+  u: Float[Array, "b l d"]
+  delta: Float[Array, "b l d"]
+  A: Float[Array, "d n"]
+  B: Float[Array, "b g l n"]
+  C: Float[Array, "b g l n"]
+  D: Float[Array, "d"] | None
+  z: Float[Array, "b l d"] | None
+  delta_bias: Float[Array, "d"] | None
+  dstate: Float[Array, "b k d n"]
+
+
+class Place(NamedTuple):
+  """Which part of the problem a block works on.
+
+  Attributes:
+    row: Batch row.
+    group: Group of channels.
+    block: Block of the channels of the group.
+    chunk: Row and chunk of the sequence in one index.
+    first_tile: First tile of the chunk, in memory order.
+    tiles: Tiles of the chunk.
+  """
+
+  row: Any
+  group: Any
+  block: Any
+  chunk: Any
+  first_tile: Any
+  tiles: Any
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-  """A backward scan, up to the arrays.
+class Sizes:
+  """A backward scan, up to the arrays and the channels of a block.
 
   Attributes:
     b: Batch size.
     l: Tokens.
     g: Groups of channels.
     e: Channels of a group.
-    n: State size, a multiple of 4.
-    tile: Tokens of a tile, a multiple of `kept`.
-    chunks: Parts of the sequence that are walked in parallel.
+    tile: Tokens of a tile.
+    chunks: Parts of the sequence that are walked in parallel; see
+      `whole_chunks`.
     softplus: Whether delta went through softplus.
     reverse: Whether the scan went from the last token to the first.
   """
@@ -29,11 +95,60 @@ class Plan:
   l: int
   g: int
   e: int
-  n: int
   tile: int
   chunks: int
   softplus: bool
   reverse: bool
+
+  @property
+  def channels(self) -> int:
+    """Channels of a block."""
+    raise NotImplementedError
+
+  @property
+  def channel_blocks(self) -> int:
+    return common.cdiv(self.e, self.channels)
+
+  @property
+  def blocks(self) -> int:
+    return self.b * self.chunks * self.g * self.channel_blocks
+
+  @property
+  def tiles(self) -> int:
+    return common.cdiv(self.l, self.tile)
+
+  @property
+  def tiles_per_chunk(self) -> int:
+    return common.cdiv(self.tiles, self.chunks)
+
+  def place(self) -> Place:
+    """That of the block which calls this; neighbours share a token."""
+    index, block = common.split_index(
+      lax.axis_index("block"), self.channel_blocks
+    )
+    chunk, group = common.split_index(index, self.g)
+    row, k = common.split_index(chunk, self.chunks)
+    first = k * self.tiles_per_chunk
+    tiles = jnp.int32(self.tiles)
+    if self.chunks > 1:
+      tiles = jnp.minimum(tiles - first, self.tiles_per_chunk)
+    return Place(row, group, block, chunk, first, tiles)
+
+
+def whole_chunks(tiles: int, chunks: int) -> int:
+  """At most so many chunks of equal size, the last one excepted."""
+  return common.cdiv(tiles, common.cdiv(tiles, chunks))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Sizes):
+  """A backward scan with more than one state, up to the arrays.
+
+  Attributes:
+    n: State size, a multiple of 4.
+  """
+
+  n: int
 
   # Tokens whose partial sums are added up together: one for each warp.
   kept: ClassVar[int] = 4
@@ -66,18 +181,6 @@ class Plan:
     return self.rows * self.inner
 
   @property
-  def channel_blocks(self) -> int:
-    return common.cdiv(self.e, self.channels)
-
-  @property
-  def tiles(self) -> int:
-    return common.cdiv(self.l, self.tile)
-
-  @property
-  def tiles_per_chunk(self) -> int:
-    return common.cdiv(self.tiles, self.chunks)
-
-  @property
   def state_shape(self) -> tuple[int, ...]:
     """The states of a block in memory."""
     return (self.rows, self.inner, self.vectors, common.VECTOR)
@@ -95,7 +198,7 @@ class Plan:
   def part_layout(self) -> Any:
     """Of `part_shape`: lanes by rows and, fastest, by vectors of states."""
     rows, vectors, states = self.part_shape
-    return _layout(
+    return layout(
       (rows, vectors, states),
       (rows // 4, vectors, states),
       (1, 1, states),
@@ -112,7 +215,7 @@ class Plan:
     """Of (kept, *part_shape): one token for each warp, rows to be summed."""
     shape = (self.kept, *self.part_shape)
     rows = 32 // self.vectors
-    return _layout(
+    return layout(
       shape,
       (1, rows, *shape[2:]),
       (1, 1, 1, common.VECTOR),
@@ -121,7 +224,7 @@ class Plan:
     )
 
 
-def _layout(*tiles: tuple[int, ...], warp: int, lanes: tuple[int, ...]) -> Any:
+def layout(*tiles: tuple[int, ...], warp: int, lanes: tuple[int, ...]) -> Any:
   """A layout by successive tiling; the last dimension is one register."""
   layout = fragmented_array.TiledLayout(
     fragmented_array.Tiling(tiles),
