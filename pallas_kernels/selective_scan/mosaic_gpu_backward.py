@@ -25,6 +25,8 @@ b batch, l length, d channels, n state size, g groups, e = d // g channels of a
 group, k chunks.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -35,6 +37,8 @@ from pallas_kernels.selective_scan import (
   mosaic_gpu_backward_block,
   mosaic_gpu_backward_n1,
   mosaic_gpu_backward_plan,
+  mosaic_gpu_forward,
+  mosaic_gpu_forward_n1,
   tuning,
 )
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
@@ -86,21 +90,96 @@ def backward(
     Gradients of u, delta, A, B, C, D, z, delta_bias and of the state before the
     first token in scan order; None for what was not given.
   """
-  if dstate is not None:
-    dstate = dstate[:, None]
   inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, checkpoints, dy, dstate)
   b, l, d = u.shape
   g, n = B.shape[1], A.shape[1]
+  # With one state longer tiles, of several checkpoints: a token has few bytes.
+  tile = config.backward_tile * (2 if n == 1 else 1)
+  tokens = l
+  if config.chunks > 1:
+    first = _first_phase(inputs, tile, softplus, reverse, config)
+    tokens = first.tiles_per_chunk * first.config.tile
+    inputs = _run_first_phase(inputs, first, interpret)
   sizes: dict[str, Any] = dict(
-    b=b, l=l, g=g, e=d // g, chunks=1, softplus=softplus, reverse=reverse
+    b=b,
+    l=l,
+    g=g,
+    e=d // g,
+    tile=tile,
+    tiles_per_chunk=common.cdiv(tokens, tile),
+    softplus=softplus,
+    reverse=reverse,
   )
+  if n > 1:
+    return scan(inputs, Plan(n=n, **sizes), interpret)
+  return mosaic_gpu_backward_n1.scan(
+    inputs,
+    mosaic_gpu_backward_n1.Plan(
+      checkpoint_tile=config.backward_tile,
+      wide=mosaic_gpu_backward_n1.is_wide(d // g, u.dtype),
+      **sizes,
+    ),
+    interpret,
+  )
+
+
+def _first_phase(
+  inputs: Inputs,
+  tile: int,
+  softplus: bool,
+  reverse: bool,
+  config: tuning.Config,
+) -> mosaic_gpu_forward.Plan:
+  """How to get what each chunk adds to the gradient of the state before it.
+
+  The gradients of the states of a chunk are linear in that of the state after
+  it. As in the forward scan (`mosaic_gpu_chunked`) every chunk is run on its
+  own first, from zero; here by the recurrence of the derivative.
+  """
+  b, l, d = inputs.u.shape
+  g, n = inputs.B.shape[1], inputs.A.shape[1]
+  # Chunks of whole tiles in both phases.
+  tile = math.lcm(config.tile, tile)
+  cell: mosaic_gpu_forward.Cell = mosaic_gpu_forward.VectorCell(n)
   if n == 1:
-    out = mosaic_gpu_backward_n1.scan(
-      inputs, mosaic_gpu_backward_n1.plan(config, u.dtype, **sizes), interpret
-    )
-  else:
-    out = scan(inputs, Plan(tile=config.backward_tile, n=n, **sizes), interpret)
-  return out._replace(dstate=out.dstate[:, 0])
+    cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(d // g)
+    tile = math.lcm(tile, 32)  # A copy of C has at least 128 bytes.
+  return mosaic_gpu_forward.Plan(
+    b=b,
+    l=l,
+    g=g,
+    e=d // g,
+    config=dataclasses.replace(config, tile=tile),
+    cell=cell,
+    softplus=softplus,
+    reverse=not reverse,
+    states_only=True,
+    adjoint=True,
+  )
+
+
+def _run_first_phase(
+  inputs: Inputs,
+  plan: mosaic_gpu_forward.Plan,
+  interpret: common.Interpret | None,
+) -> Inputs:
+  """Adds what the first phase computes to the inputs of the second."""
+  out = mosaic_gpu_forward.scan(
+    mosaic_gpu_forward.Inputs(
+      u=inputs.dy,
+      delta=inputs.delta,
+      A=inputs.A if inputs.A.shape[1] > 1 else inputs.A[:, 0],
+      B=inputs.C,
+      C=None,
+      D=None,
+      z=inputs.z,
+      delta_bias=inputs.delta_bias,
+      state=None,
+    ),
+    plan,
+    interpret,
+  )
+  return inputs._replace(chunk_dstate=out.state, chunk_delta_sum=out.delta_sum)
 
 
 def scan(
@@ -147,12 +226,16 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
       x = x.reshape(b * g, l, *states)
     elif name == "checkpoints":
       x = x.reshape(-1, e // plan.inner, plan.inner, *states)
-    elif name in ("A", "dstate"):
+    elif name in ("A", "dstate", "chunk_dstate"):
       # exp(delta A) is computed as a power of two.
       x = x * common.LOG2E if name == "A" else x
       x = x.astype(jnp.float32).reshape(-1, g, e, n)
       x = jnp.pad(x, ((0, 0), (0, 0), (0, pad_e), (0, pad_n)))
       x = x.reshape(*x.shape[:2], -1, *plan.state_shape[1:])
+    elif name == "chunk_delta_sum":
+      x = x.reshape(-1, g, e)
+      x = jnp.pad(x, ((0, 0), (0, 0), (0, pad_e)))
+      x = x.reshape(*x.shape[:2], -1, plan.inner)
     else:  # D, delta_bias: a copy for each of `Plan.kept` tokens.
       x = x.astype(jnp.float32).reshape(g, e)
       x = jnp.pad(x, ((0, 0), (0, pad_e)))
@@ -191,7 +274,7 @@ def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
 def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
   """The results with the shapes of `Outputs`."""
   b, l, g, e, n = plan.b, plan.l, plan.g, plan.e, plan.n
-  d = g * e
+  d, pad_n = g * e, plan.vectors * common.VECTOR
   out: dict[str, Any] = dict.fromkeys(Outputs._fields)
   for name, x in results.items():
     if name in ("u", "delta", "z"):
@@ -199,10 +282,10 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
     elif name in ("B", "C"):
       x = x.reshape(b, g, -1, l, n).sum(2)
     elif name in ("A", "dstate"):
-      x = x.sum(0, keepdims=True) if name == "A" else x
-      x = x.reshape(x.shape[0], g, -1, plan.vectors * common.VECTOR)
+      x = x.sum(0) if name == "A" else plan.first_chunk(x)
+      x = x.reshape(-1, g, plan.channel_blocks * plan.channels, pad_n)
       x = x[:, :, :e, :n].reshape(-1, d, n)
-      x = x[0] if name == "A" else x.reshape(b, -1, d, n)
+      x = x[0] if name == "A" else x
     else:  # D, delta_bias.
       x = x.reshape(-1, g, plan.channel_blocks, plan.kept, plan.channels)
       x = x.sum((0, 3)).reshape(g, -1)[:, :e].reshape(d)

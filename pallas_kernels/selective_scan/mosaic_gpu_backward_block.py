@@ -114,7 +114,7 @@ class _Block:
     whole = plan.vectors * common.VECTOR == plan.n
     first = 0 if whole else lax.axis_index("block") * 0
     self.states = pl.ds(first, plan.vectors)
-    self.log2_decay = self._load_parts(refs["A"].at[0, place.group, self.rows])
+    self.log2_decay = self._load_parts(self._of_row("A", 0))
 
   # Access to memory.
 
@@ -182,7 +182,7 @@ class _Block:
       plgpu.copy_smem_to_gmem(source, target)
 
   def first_carry(self) -> _Carry:
-    place, plan = self.place, self.plan
+    plan = self.plan
 
     def zeros():
       shape = plan.part_shape
@@ -191,18 +191,46 @@ class _Block:
     for name in self._sums():
       common.store(self._sum(name), common.zeros(plan.kept_shape, self.flat))
     if "dstate" in self.refs:
-      ref = self.refs["dstate"].at[place.chunk, place.group, self.rows]
-      return _Carry(self._load_parts(ref), zeros())
-    return _Carry(zeros(), zeros())
+      g = self._load_parts(self._of_row("dstate", self.place.row))
+    else:
+      g = zeros()
+    g = plan.pass_chunks(self.place, g, self._load_chunk, self._add_chunk)
+    return _Carry(g, zeros())
+
+  def _of_row(self, name, row):
+    return self.refs[name].at[row, self.place.group, self.rows]
+
+  def _load_chunk(self, index):
+    delta_sum = self._of_row("chunk_delta_sum", index)
+    layout = self.layout.reduce((1, 2))
+    parts = [
+      common.load(delta_sum.at[:, i], layout) for i in range(self.plan.inner)
+    ]
+    return parts, self._load_parts(self._of_row("chunk_dstate", index))
+
+  def _add_chunk(self, g, left):
+    delta_sum, inner = left
+    return [
+      common.exp2(self._spread(x, (0,)) * a) * part + y
+      for x, a, part, y in zip(
+        delta_sum, self.log2_decay, g, inner, strict=True
+      )
+    ]
+
+  def _spread(self, x, dims):
+    """Repeats an array along the other dimensions of a part of the state."""
+    x = lax.broadcast_in_dim(x, self.plan.part_shape, dims)
+    return plgpu.layout_cast(x, self.layout)
 
   def write_sums(self, carry: _Carry) -> None:
     place = self.place
+    index = place.row * self.plan.chunks + place.chunk
     for name, parts in (("A", carry.A), ("dstate", carry.g)):
-      ref = self.refs[name + "_out"].at[place.chunk, place.group, self.rows]
+      ref = self._of_row(name + "_out", index)
       for i, part in enumerate(parts):
         common.store(ref.at[:, i], part)
     for name in self._sums():
-      ref = self.refs[name + "_out"].at[place.chunk, place.group, place.block]
+      ref = self.refs[name + "_out"].at[index, place.group, place.block]
       common.store(ref, common.load(self._sum(name), self.flat))
 
   def _sums(self):
@@ -311,21 +339,17 @@ class _Block:
     refs, plan = self.refs, self.plan
     row = self._row_of(step)
 
-    def spread(x, dims):
-      x = lax.broadcast_in_dim(x, plan.part_shape, dims)
-      return plgpu.layout_cast(x, self.layout)
-
     def channels(name):
       rows = pl.ds(row * plan.rows, plan.rows)
       ref, layout = refs[name + "_staged"], self.layout.reduce((1, 2))
       # One after the other, so that the compiler makes them one wide load.
       parts = [common.load(ref.at[rows, i], layout) for i in range(plan.inner)]
-      return [spread(x, (0,)) for x in parts]
+      return [self._spread(x, (0,)) for x in parts]
 
     def states(name):
       layout = self.layout.reduce(0)
       x = common.load(refs[name + "_smem"].at[slot, row], layout)
-      return spread(x, (1, 2))
+      return self._spread(x, (1, 2))
 
     return [states(n) if n in "BC" else channels(n) for n in names]
 

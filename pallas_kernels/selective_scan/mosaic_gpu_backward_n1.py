@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan import mosaic_gpu_backward_plan, tuning
+from pallas_kernels.selective_scan import mosaic_gpu_backward_plan
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
 Refs = Mapping[str, Any]
@@ -64,20 +64,14 @@ class Plan(mosaic_gpu_backward_plan.Sizes):
     )
 
 
-def plan(config: tuning.Config, dtype: Any, *, e: int, **sizes: Any) -> Plan:
-  """How to walk a scan of these `Sizes`, with u of this dtype."""
-  two = 2 * common.LANES
-  # Two channels for each lane, unless half a block would have none. Not for
-  # float32, where they are loaded one by one and want twice the memory.
-  pays = common.cdiv(e, two) * 2 == common.cdiv(e, common.LANES)
-  return Plan(
-    e=e,
-    # Longer than a checkpoint's: copies of a few kilobytes.
-    tile=2 * config.backward_tile,
-    checkpoint_tile=config.backward_tile,
-    wide=pays and dtype == jnp.bfloat16,
-    **sizes,
-  )
+def is_wide(e: int, dtype: Any) -> bool:
+  """Whether two channels for each lane pay, with so many in a group.
+
+  Not where half a block would have none, nor for float32, where they are loaded
+  one by one and need too much memory.
+  """
+  blocks = common.cdiv(e, common.LANES)
+  return common.cdiv(e, 2 * common.LANES) * 2 == blocks and dtype == "bfloat16"
 
 
 def scan(
@@ -164,7 +158,7 @@ def _unblocked(
     elif name in ("B", "C"):
       x = x.reshape(b, g, plan.channel_blocks, -1).sum(2)
     elif name == "dstate":
-      x = x[:, :, :e].reshape(b, -1, d, 1)
+      x = plan.first_chunk(x)[..., :e].reshape(b, d, 1)
     else:
       x = x.sum(0)[:, :e].reshape(d)
       x = x[:, None] if name == "A" else x
@@ -234,10 +228,10 @@ class _Block:
     self.place = place = plan.place()
     self.layout = plan.layout()
     self.channels = pl.ds(place.block * plan.channels, plan.channels)
-    self.log2_decay = self._constant("A")
-    self.D = self._constant("D") if "D" in refs else None
+    self.log2_decay = self._of_row("A", 0)
+    self.D = self._of_row("D", 0) if "D" in refs else None
     self.delta_bias = (
-      self._constant("delta_bias") if "delta_bias" in refs else None
+      self._of_row("delta_bias", 0) if "delta_bias" in refs else None
     )
 
   def run(self) -> None:
@@ -245,11 +239,12 @@ class _Block:
     refs, plan, place = self.refs, self.plan, self.place
     for slot in range(2):
       pl.when(slot < place.tiles)(lambda slot=slot: self.fetch(jnp.int32(slot)))
-    zero = common.zeros((plan.channels,), self.layout)
+    g = zero = common.zeros((plan.channels,), self.layout)
+    if "dstate" in refs:
+      g = self._of_row("dstate", place.row)
+    g = plan.pass_chunks(place, g, self._load_chunk, self._add_chunk)
     carry = _Carry(
-      self._load(refs["dstate"].at[place.chunk, place.group, self.channels])
-      if "dstate" in refs
-      else zero,
+      g,
       zero,
       zero if "D" in refs else None,
       zero if "delta_bias" in refs else None,
@@ -258,14 +253,24 @@ class _Block:
     for name, x in carry._asdict().items():
       if x is not None:
         ref = refs[("dstate" if name == "g" else name) + "_out"]
-        common.store(ref.at[place.chunk, place.group, self.channels], x)
+        index = place.row * plan.chunks + place.chunk
+        common.store(ref.at[index, place.group, self.channels], x)
     plgpu.wait_smem_to_gmem(0)
 
   def _load(self, ref):
     return common.load(ref, self.layout)
 
-  def _constant(self, name):
-    return self._load(self.refs[name].at[0, self.place.group, self.channels])
+  def _of_row(self, name, row):
+    ref = self.refs[name].at[row, self.place.group, self.channels]
+    return self._load(ref)
+
+  def _load_chunk(self, index):
+    names = ("chunk_delta_sum", "chunk_dstate")
+    return tuple(self._of_row(name, index) for name in names)
+
+  def _add_chunk(self, g, left):
+    delta_sum, inner = left
+    return common.exp2(delta_sum * self.log2_decay) * g + inner
 
   def _tile_of(self, i):
     """The i-th tile that is walked, in memory order."""

@@ -21,7 +21,9 @@ class Inputs(NamedTuple):
     checkpoints: The state with which the scan enters each tile, tiles in memory
       order.
     dy: The gradient of the output.
-    dstate: The gradient of the state after each chunk, in scan order.
+    dstate: The gradient of the state after the last token in scan order.
+    chunk_dstate: What each chunk adds to the gradient of the state before it.
+    chunk_delta_sum: The sum of all (biased, activated) delta of each chunk.
   """
 
   u: Float[Array, "b l d"]
@@ -34,14 +36,16 @@ class Inputs(NamedTuple):
   delta_bias: Float[Array, "d"] | None
   checkpoints: Float[Array, "b tiles d n"]
   dy: Float[Array, "b l d"]
-  dstate: Float[Array, "b k d n"] | None
+  dstate: Float[Array, "b d n"] | None
+  chunk_dstate: Float[Array, "b k d n"] | None = None
+  chunk_delta_sum: Float[Array, "b k d"] | None = None
 
 
 class Outputs(NamedTuple):
   """Gradients of the inputs of the scan; None where there was no input.
 
   Attributes:
-    dstate: The gradient of the state before each chunk, in scan order.
+    dstate: The gradient of the state before the first token in scan order.
   """
 
   u: Float[Array, "b l d"]
@@ -52,7 +56,7 @@ class Outputs(NamedTuple):
   D: Float[Array, "d"] | None
   z: Float[Array, "b l d"] | None
   delta_bias: Float[Array, "d"] | None
-  dstate: Float[Array, "b k d n"]
+  dstate: Float[Array, "b d n"]
 
 
 class Place(NamedTuple):
@@ -62,7 +66,7 @@ class Place(NamedTuple):
     row: Batch row.
     group: Group of channels.
     block: Block of the channels of the group.
-    chunk: Row and chunk of the sequence in one index.
+    chunk: Chunk of the sequence.
     first_tile: First tile of the chunk, in memory order.
     tiles: Tiles of the chunk.
   """
@@ -85,8 +89,8 @@ class Sizes:
     g: Groups of channels.
     e: Channels of a group.
     tile: Tokens of a tile.
-    chunks: Parts of the sequence that are walked in parallel; see
-      `whole_chunks`.
+    tiles_per_chunk: Tiles that a block walks; the chunks of a sequence are
+      walked in parallel.
     softplus: Whether delta went through softplus.
     reverse: Whether the scan went from the last token to the first.
   """
@@ -96,7 +100,7 @@ class Sizes:
   g: int
   e: int
   tile: int
-  chunks: int
+  tiles_per_chunk: int
   softplus: bool
   reverse: bool
 
@@ -118,26 +122,56 @@ class Sizes:
     return common.cdiv(self.l, self.tile)
 
   @property
-  def tiles_per_chunk(self) -> int:
-    return common.cdiv(self.tiles, self.chunks)
+  def chunks(self) -> int:
+    return common.cdiv(self.tiles, self.tiles_per_chunk)
 
   def place(self) -> Place:
     """That of the block which calls this; neighbours share a token."""
     index, block = common.split_index(
       lax.axis_index("block"), self.channel_blocks
     )
-    chunk, group = common.split_index(index, self.g)
-    row, k = common.split_index(chunk, self.chunks)
-    first = k * self.tiles_per_chunk
+    index, group = common.split_index(index, self.g)
+    row, chunk = common.split_index(index, self.chunks)
+    first = chunk * self.tiles_per_chunk
     tiles = jnp.int32(self.tiles)
     if self.chunks > 1:
       tiles = jnp.minimum(tiles - first, self.tiles_per_chunk)
     return Place(row, group, block, chunk, first, tiles)
 
+  def pass_chunks(self, place: Place, g: Any, load: Any, add: Any) -> Any:
+    """The gradient after a chunk, from `g` after the last token.
 
-def whole_chunks(tiles: int, chunks: int) -> int:
-  """At most so many chunks of equal size, the last one excepted."""
-  return common.cdiv(tiles, common.cdiv(tiles, chunks))
+    Every block does this for itself: fewer than a hundred steps, against a
+    launch for a kernel of its own.
+
+    Args:
+      place: That of the block.
+      g: A gradient of states.
+      load: Gets what a chunk leaves, given the index of its row and itself.
+      add: Called with `g` and that, gets `g` before the chunk.
+    """
+    if self.chunks == 1:
+      return g
+    after = place.chunk if self.reverse else self.chunks - 1 - place.chunk
+
+    def fetch(j):  # The j-th chunk against the scan.
+      chunk = j if self.reverse else self.chunks - 1 - j
+      return load(place.row * self.chunks + chunk)
+
+    def step(j, carry):
+      g, this = carry
+      # Ahead, to hide its latency; the last one is not used.
+      following = fetch(jnp.minimum(j + 1, self.chunks - 1))
+      return add(g, this), following
+
+    zero = jnp.int32(0)
+    g, _ = lax.fori_loop(zero, after, step, (g, fetch(zero)))
+    return g
+
+  def first_chunk(self, x: Any) -> Any:
+    """Of (b * k, ...), the part of the first chunk in scan order."""
+    x = x.reshape(self.b, self.chunks, *x.shape[1:])
+    return x[:, self.chunks - 1 if self.reverse else 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

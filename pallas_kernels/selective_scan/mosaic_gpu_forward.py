@@ -110,6 +110,10 @@ class Cell(Protocol):
     """exp2(delta A) h + delta u B."""
     ...
 
+  def retreat(self, A, g, delta, dy, C) -> tuple[jax.Array, ...]:
+    """exp2(delta A) (g + dy C): a step of the derivative."""
+    ...
+
   def decay(self, A, h, delta, inner) -> tuple[jax.Array, ...]:
     """exp2(delta A) h + inner."""
     ...
@@ -166,6 +170,13 @@ class VectorCell:
       for a, part, b in zip(A, h, B, strict=True)
     )
 
+  def retreat(self, A, g, delta, dy, C):
+    delta, dy = common.over_states(delta), common.over_states(dy)
+    return tuple(
+      common.exp2(delta * a) * (part + dy * common.over_channels(c))
+      for a, part, c in zip(A, g, C, strict=True)
+    )
+
   def decay(self, A, h, delta, inner):
     delta = common.over_states(delta)
     return tuple(
@@ -197,6 +208,9 @@ class Plan:
     checkpoint_tile: Tokens of a checkpoint tile, a divisor of `config.tile`; 0
       for no checkpoints.
     states_only: Whether to write `state` and `delta_sum` and nothing else.
+    adjoint: Whether to run the derivative's recurrence: with dy for u, C for B
+      and the scan's direction reversed, `state` is what a chunk adds to the
+      gradient of the state before it. Goes with `states_only`.
     final_state: Whether to write `state`.
   """
 
@@ -210,6 +224,7 @@ class Plan:
   reverse: bool
   checkpoint_tile: int = 0
   states_only: bool = False
+  adjoint: bool = False
   final_state: bool = True
 
   @property
@@ -623,7 +638,11 @@ def _scan_unrolled(here, constants, plan, tokens, carry):
       step = step + constants.delta_bias
     if plan.softplus:
       step = common.softplus(step)
-    h = cell.advance(constants.A, h, step, step * u[k], B[k])
+    if plan.adjoint:
+      dy = u[k] if z is None else u[k] * common.silu(z[k])
+      h = cell.retreat(constants.A, h, step, dy, B[k])
+    else:
+      h = cell.advance(constants.A, h, step, step * u[k], B[k])
     if plan.states_only:
       delta_sum = delta_sum + step
       continue

@@ -52,6 +52,9 @@ class ScalarCell:
   def advance(self, A, h, delta, delta_u, B):
     return (common.exp2(delta * A[0]) * h[0] + delta_u * B[0],)
 
+  def retreat(self, A, g, delta, dy, C):
+    return (common.exp2(delta * A[0]) * (g[0] + dy * C[0]),)
+
   def decay(self, A, h, delta, inner):
     return (common.exp2(delta * A[0]) * h[0] + inner[0],)
 
