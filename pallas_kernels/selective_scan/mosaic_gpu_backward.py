@@ -93,8 +93,9 @@ def backward(
   inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, checkpoints, dy, dstate)
   b, l, d = u.shape
   g, n = B.shape[1], A.shape[1]
-  # With one state longer tiles, of several checkpoints: a token has few bytes.
-  tile = config.backward_tile * (2 if n == 1 else 1)
+  tile = config.backward_tile
+  if n == 1:
+    tile = math.lcm(tile, mosaic_gpu_backward_n1.TOKENS)
   tokens = l
   if config.chunks > 1:
     first = _first_phase(inputs, tile, softplus, reverse, config)

@@ -360,7 +360,7 @@ class _Block:
     parts = [jnp.sum(x, axis=2) for x in parts]
     for part, x in enumerate(parts):
       ref = self.refs["over_states"].at[which, :, rows, part]
-      common.store(plgpu.transpose_ref(ref, (1, 0)), x)
+      common.store(ref.transpose((1, 0)), x)
 
   def _add_over_channels(self, step, parts) -> None:
     row = self._row_of(step) % self.plan.kept

@@ -12,7 +12,7 @@ k chunks.
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 from jax import lax
@@ -25,8 +25,12 @@ from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
 Refs = Mapping[str, Any]
 
+# A tile has a multiple of so many tokens, and maybe several checkpoints: warps
+# add up dB and dC for eight tokens each, and copies get a few kilobytes.
+TOKENS: Final = 16
+
 # Columns that keep the tokens of `contributions` in different memory banks.
-_PADDING = 16
+_PADDING: Final = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
