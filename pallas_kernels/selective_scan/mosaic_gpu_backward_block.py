@@ -274,19 +274,22 @@ class _Block:
         if first < steps[-1]:
           for part, x in enumerate(decayed):
             common.store(refs["decayed_smem"].at[step, part], x)
-      plgpu.commit_smem()
       if first == steps[-1]:
+        plgpu.commit_smem()  # The checkpoint has been read.
         pl.when(more)(lambda: self.fetch_state(i + 1))
+      else:
+        common.sync_lanes()
       self._finish_recompute(first)
-      plgpu.commit_smem()
+      common.sync_lanes()
     for first in reversed(steps):
       for step in reversed(range(first, first + plan.kept)):
         kept = saved[step - first] if first == steps[-1] else (None, None)
         carry = self._differentiate(step, slot, carry, kept)
-      plgpu.commit_smem()
+      common.sync_lanes()
       self._finish_differentiate(first)
-      # Also orders what was written before the copies below.
-      plgpu.commit_smem()
+      if first:
+        common.sync_lanes()
+    plgpu.commit_smem()  # The results, for the copies.
     self.write_tile(i)
     return carry
 

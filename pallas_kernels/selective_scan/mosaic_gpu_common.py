@@ -32,6 +32,9 @@ VECTOR: Final = 4
 # TMA wants strides, and rows in shared memory, of whole 16-byte units.
 TMA_BYTES: Final = 16
 
+# More than a block ever has under way.
+_MANY_COPIES: Final = 64
+
 # log1p(t) / t for 0 <= t <= 1, lowest power first: minimax in relative error,
 # 2e-7, 4e-7 when evaluated in float32.
 _LOG1P_OVER_T: Final = (
@@ -145,6 +148,15 @@ def over_channels(x: jax.Array) -> jax.Array:
   """(VECTOR,) to (LANES, VECTOR)."""
   x = lax.broadcast_in_dim(x, (LANES, VECTOR), (1,))
   return plgpu.layout_cast(x, state_layout())
+
+
+def sync_lanes() -> None:
+  """Waits for all lanes of a block, and for what they wrote for each other.
+
+  `plgpu.commit_smem` without the fence that copies to global memory need. That
+  barrier comes with waiting for copies, here for none of those under way.
+  """
+  plgpu.wait_smem_to_gmem(_MANY_COPIES, wait_read_only=True)
 
 
 def zeros(shape: Sequence[int], layout: Any) -> jax.Array:
