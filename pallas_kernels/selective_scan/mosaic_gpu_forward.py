@@ -14,7 +14,7 @@ b batch, l length, d channels, n state size, g groups, e = d // g channels of a
 group, k chunks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any, Final, NamedTuple, Protocol
@@ -450,8 +450,8 @@ def _kernel(refs: Refs, plan: Plan) -> None:
 
   def scan_tile(i, carry):
     h, delta_sum = carry
-    slot = lax.rem(i, config.buffers)
-    out_slot = lax.rem(i, 2)
+    slot = lax.rem(i, jnp.int32(config.buffers))
+    out_slot = lax.rem(i, jnp.int32(2))
     tile = tile_of(i)
     if not plan.states_only:
       # What all tiles but the last one wrote has left shared memory.
@@ -486,7 +486,7 @@ def _kernel(refs: Refs, plan: Plan) -> None:
 
     return h, delta_sum
 
-  h, delta_sum = lax.fori_loop(0, place.tiles, scan_tile, (h, delta_sum))
+  h, delta_sum = _loop(place.tiles, scan_tile, (h, delta_sum))
   if plan.final_state:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     cell.store_state(refs["state_smem"].at[0], h)
@@ -502,6 +502,11 @@ def _kernel(refs: Refs, plan: Plan) -> None:
     target = refs["delta_sum_out"].at[state_index, place.group, place.channels]
     plgpu.copy_smem_to_gmem(refs["delta_sum_smem"], target)
   plgpu.wait_smem_to_gmem(0)
+
+
+def _loop(steps: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+  """`carry` after so many steps; int32 also in programs that enable 64 bits."""
+  return lax.fori_loop(jnp.int32(0), jnp.int32(steps), body, carry)
 
 
 def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: _Place, h):
@@ -525,7 +530,7 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: _Place, h):
     pl.when(slot < before)(functools.partial(fetch, jnp.int32(slot), slot))
 
   def step(j, h):
-    slot = lax.rem(j, _CHUNK_BUFFERS)
+    slot = lax.rem(j, jnp.int32(_CHUNK_BUFFERS))
     plgpu.barrier_wait(refs["chunk_arrived"].at[slot])
     inner = plan.cell.load_state(refs["chunk_state_smem"].at[slot])
     delta_sum = common.load(
@@ -540,7 +545,7 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: _Place, h):
 
     return h
 
-  return lax.fori_loop(0, before, step, h)
+  return _loop(before, step, h)
 
 
 def _write_state(source: Any, target: Any, place: _Place) -> None:
@@ -581,7 +586,9 @@ def _scan_tile(here: Refs, constants: _Constants, plan: Plan, count, carry):
     return _scan_tokens(here, constants, plan, 0, count, carry)
   size = plan.checkpoint_tile
   is_whole = isinstance(count, int)
-  parts = count // size if is_whole else lax.div(count + (size - 1), size)
+  parts = (
+    count // size if is_whole else lax.div(count + (size - 1), jnp.int32(size))
+  )
 
   def scan_part(i, carry):
     part = parts - 1 - i if plan.reverse else i
@@ -590,7 +597,7 @@ def _scan_tile(here: Refs, constants: _Constants, plan: Plan, count, carry):
     tokens = size if is_whole else jnp.minimum(count - first, size)
     return _scan_tokens(here, constants, plan, first, tokens, carry)
 
-  return lax.fori_loop(0, parts, scan_part, carry)
+  return _loop(parts, scan_part, carry)
 
 
 def _scan_tokens(here, constants, plan, first, count, carry):
@@ -607,12 +614,12 @@ def _scan_tokens(here, constants, plan, first, count, carry):
     return step
 
   if isinstance(count, int):  # A multiple of `unroll`.
-    return lax.fori_loop(0, count // unroll, several(unroll, 0), carry)
-  whole = lax.div(count, unroll)
-  carry = lax.fori_loop(0, whole, several(unroll, 0), carry)
+    return _loop(count // unroll, several(unroll, 0), carry)
+  whole = lax.div(count, jnp.int32(unroll))
+  carry = _loop(whole, several(unroll, 0), carry)
   if plan.l % unroll:
     rest = count - whole * unroll
-    carry = lax.fori_loop(0, rest, several(1, whole * unroll), carry)
+    carry = _loop(rest, several(1, whole * unroll), carry)
   return carry
 
 
