@@ -70,7 +70,7 @@ def per_shard(
       batch and a channel dimension.
   """
   given = {name: x for name, x in arrays.items() if x is not None}
-  split = _plan(given, layouts, lead)
+  split = plan(given, layouts, lead)
   if split is None:
     return function({**arrays, **_vary_together(given)})
 
@@ -111,10 +111,14 @@ def vary_like(x: jax.Array, *, like: jax.Array) -> jax.Array:
   return _cast(x, _varying(like))
 
 
-def _plan(
+def plan(
   arrays: Mapping[str, jax.Array], layouts: Mapping[str, str], lead: str
 ) -> Split | None:
-  """How to split over the mesh in context; None to leave things as they are."""
+  """How `per_shard` splits over the mesh in context.
+
+  None is to leave everything as it is: there is no mesh, the caller has made
+  all its axes manual, or it has one device.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
   free = [name for name in types if types[name] is not AxisType.Manual]

@@ -48,7 +48,7 @@ def get_variant(name: str) -> variants.Variant:
   """
   if name in _VARIANTS:
     return _VARIANTS[name]
-  near = difflib.get_close_matches(str(name), _VARIANTS, n=3)
+  near = difflib.get_close_matches(name, _VARIANTS, n=3)
   hint = f"Did you mean {near}?" if near else f"Choose from {list_models()}."
   raise ValueError(f"Unknown model {name!r}. {hint}")
 

@@ -127,4 +127,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except KeyboardInterrupt:
+    # Once training is set up, `interrupts.watch` sees the signal instead.
+    sys.exit(_fail("interrupted while starting", errors.ExitCode.INTERRUPTED))

@@ -36,10 +36,12 @@ class Writer:
     # Only one process writes; the others compute the same numbers.
     self._file = None
     self._events = None
+    self._kept: set[tuple[int, str]] = set()
     if jax.process_index():
       return
     path = folder / "metrics.jsonl"
     kept = [line for line in read(folder) if line["step"] <= start_step]
+    self._kept = {(line["step"], line["split"]) for line in kept}
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, path)
@@ -48,14 +50,15 @@ class Writer:
       self._events = _Events(folder / "tensorboard", start_step)
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-    """Appends one line.
+    """Appends one line, unless the file has it from before a restart.
 
     Args:
       step: Steps taken.
       split: "train" or "valid".
       values: Name to number.
     """
-    if self._file is not None:
+    # An evaluation that a killed run had done but not saved is done again.
+    if self._file is not None and (step, split) not in self._kept:
       line = {"step": step, "split": split, **values}
       self._file.write(json.dumps(line) + "\n")
     if self._events is not None:
@@ -177,8 +180,8 @@ class Progress:
       f"{self.images_per_second:,.0f} images/s"
     )
     if self._bar is not None:
+      self._bar.set_postfix_str(shown, refresh=False)
       self._bar.update(trained)
-      self._bar.set_postfix_str(shown)
       return
     left = (self._total - step) * self._seconds / max(self._trained, 1)
     say(f"step {step}/{self._total}  {shown}  {_duration(left)} left")

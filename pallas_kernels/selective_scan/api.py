@@ -121,8 +121,9 @@ def selective_scan(
   float16, float32 and float64, whatever the others have; it is converted to
   that precision where it is used, and its gradient has its own dtype.
 
-  Reverse-mode differentiable with respect to every array, under `jax.jit`,
-  `jax.vmap`, `jax.checkpoint` and `jax.shard_map`. On a mesh set by
+  Reverse-mode differentiable with respect to every array (more than once only
+  with "xla_associative" and "reference"), under `jax.jit`, `jax.vmap`,
+  `jax.checkpoint` and `jax.shard_map`. On a mesh set by
   `jax.set_mesh` it runs per shard over batch and channels; the rules are those
   of `pallas_kernels.partition`. NaN and infinity propagate.
 

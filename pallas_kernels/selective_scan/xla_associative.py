@@ -53,7 +53,8 @@ def selective_scan(
     jax.tree.map(_split_in_chunks, tokens),
     reverse=options.reverse,
   )
-  y = jnp.moveaxis(y, 0, 1).reshape(b, -1, d)[:, :l]
+  chunks, _, size = y.shape[:3]
+  y = jnp.moveaxis(y, 0, 1).reshape(b, chunks * size, d)[:, :l]
   if args.D is not None:
     y = y + args.D * args.u
   if args.z is not None:

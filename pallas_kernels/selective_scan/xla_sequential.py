@@ -19,27 +19,24 @@ cotangent G of h[t] arrives as decay[t+1] G[t+1] and gains C[t] dy[t]; then
 h[t-1] comes from the buffer. (h[t] - delta[t] B[t] u[t] in place of
 decay[t] h[t-1] would need no buffer, but cancels where the state fades fast.)
 
-b batch, l length, d = g e channels, n state size, g groups, k groups in a block.
+b batch, l length, d = g e channels, n state size, g groups, k of them in a
+block.
 """
 
 import functools
 from typing import NamedTuple
 
 import jax
-from jax.lax import dynamic_index_in_dim, dynamic_update_index_in_dim
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import partition
 from pallas_kernels.selective_scan import arguments
+from pallas_kernels.selective_scan import xla_sequential_blocks as blocks
 
-# Tokens between saved states, and in the buffer of the backward pass: states
-# and decays of 16 tokens fit a second-level cache, 32 are slower.
+# Tokens between saved states, and in the buffer of the backward pass: the
+# states and decays of this many should fit a second-level cache.
 _INTERVAL = 16
-
-# Bound on a block's state, so that it leaves room in a first-level cache for
-# the token and what is computed from it. More rows at a time are slower too.
-_BLOCK_BYTES = 24 * 1024
 
 
 def selective_scan(
@@ -48,27 +45,18 @@ def selective_scan(
   """Returns (y, final state); see `pallas_kernels.selective_scan`."""
   b, _, d = args.u.shape
   g, n = args.B.shape[2:]
-  cast = lambda x: None if x is None else x.astype(options.compute_dtype)
-  split = lambda x: None if x is None else x.reshape(*x.shape[:-1], g, d // g)
+  dtype = options.compute_dtype
+  split = lambda x: x.reshape(*x.shape[:-1], g, d // g)
+  tokens = _Tokens(args.u, args.delta, args.B, args.C, args.z)
+  params = _Params(args.A.T, args.D, args.delta_bias)
   if args.initial_state is None:
-    shape = (b, n, g, d // g)
-    state = partition.full(shape, 0, options.compute_dtype, like=args.u)
+    state = partition.full((b, n, d), 0, dtype, like=args.u)
   else:
-    state = split(jnp.moveaxis(cast(args.initial_state), 2, 1))
+    state = jnp.moveaxis(args.initial_state.astype(dtype), 2, 1)
   inputs = _Inputs(
-    tokens=_Tokens(
-      u=split(args.u),
-      delta=split(args.delta),
-      B=args.B,
-      C=args.C,
-      z=split(args.z),
-    ),
-    params=_Params(
-      A=split(cast(args.A).T),
-      D=split(cast(args.D)),
-      delta_bias=split(cast(args.delta_bias)),
-    ),
-    state=state,
+    tokens=jax.tree.map(lambda x: x if x.ndim == 4 else split(x), tokens),
+    params=jax.tree.map(lambda x: split(x.astype(dtype)), params),
+    state=split(state),
   )
   y, state = _scan(inputs, options)
   state = jnp.moveaxis(state.reshape(b, n, d), 1, 2)
@@ -132,14 +120,6 @@ class _Steps(NamedTuple):
   deltas: Float[Array, "interval k e"]
 
 
-class _Block(NamedTuple):
-  """The place of a block: a batch row, its first group, and how many."""
-
-  row: Int[Array, ""]
-  group: Int[Array, ""]
-  groups: int
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _scan(inputs: _Inputs, options: arguments.Options):
   y, state, _ = _forward(inputs, options, save=False)
@@ -176,28 +156,28 @@ def _forward(inputs, options, *, save):
       out = _output(params, token, h)
       if token.z is not None:
         out = out * jax.nn.silu(token.z)
-      return _write(y, out, (block.row, t), block), h
+      return blocks.write(y, out, (block.row, t), block), h
 
     def interval(i, carry):
       y, saved, h = carry
       if save:
-        saved = _write(saved, h, (block.row, i), block)
+        saved = blocks.write(saved, h, (block.row, i), block)
       start = i * _INTERVAL
       stop = jnp.minimum(start + _INTERVAL, l)
       y, h = jax.lax.fori_loop(start, stop, step, (y, h))
       return y, saved, h
 
-    h = _read(inputs.state, (block.row,), block)
+    h = blocks.read(inputs.state, (block.row,), block)
     carry = (y, saved, h)
     y, saved, h = jax.lax.fori_loop(0, _intervals(l), interval, carry)
-    return y, _write(finals, h, (block.row,), block), saved
+    return y, blocks.write(finals, h, (block.row,), block), saved
 
   u, state = inputs.tokens.u, inputs.state
   b, n, g, e = state.shape
   full = functools.partial(partition.full, like=state)
   saved = full((b, _intervals(l), n, g, e), 0, state.dtype) if save else None
   carry = (full(u.shape, 0, u.dtype), full(state.shape, 0, state.dtype), saved)
-  return _over_blocks(inputs.state, run_block, carry)
+  return blocks.for_each(inputs.state, run_block, carry)
 
 
 def _backward(residuals, dy, dstate, options):
@@ -215,22 +195,21 @@ def _backward(residuals, dy, dstate, options):
       delta = _step_size(params, token, options)
       decay = jnp.exp(delta * params.A)
       h = _advance(decay, delta, token, _at(steps.states, j))
-      put = dynamic_update_index_in_dim
       return _Steps(
-        states=put(steps.states, h, j + 1, 0),
-        decays=put(steps.decays, decay, j, 0),
-        deltas=put(steps.deltas, delta, j, 0),
+        states=_put(steps.states, h, j + 1),
+        decays=_put(steps.decays, decay, j),
+        deltas=_put(steps.deltas, delta, j),
       )
 
     def walk_back(start, size, steps, j, carry):
       dtokens, dparams, G = carry
       j = size - 1 - j
       t = _position(start + j, l, options)
-      dout = _read(dy, (block.row, t), block).astype(G.dtype)
+      dout = blocks.read(dy, (block.row, t), block).astype(G.dtype)
       dtoken, dparams, G = _step_back(
         params, read_token(t), dout, steps, j, G, dparams, options
       )
-      write = lambda x, value: _write(x, value, (block.row, t), block)
+      write = lambda x, value: blocks.write(x, value, (block.row, t), block)
       return jax.tree.map(write, dtokens, dtoken), dparams, G
 
     def interval(i, carry):
@@ -238,34 +217,37 @@ def _backward(residuals, dy, dstate, options):
       i = _intervals(l) - 1 - i
       start = i * _INTERVAL
       size = jnp.minimum(_INTERVAL, l - start)
-      h = _read(saved, (block.row, i), block)
-      states = dynamic_update_index_in_dim(steps.states, h, 0, 0)
+      h = blocks.read(saved, (block.row, i), block)
+      steps = steps._replace(states=_put(steps.states, h, 0))
       again = functools.partial(recompute, start)
-      steps = steps._replace(states=states)
       steps = jax.lax.fori_loop(0, size, again, steps)
       back = functools.partial(walk_back, start, size, steps)
       carry = (dtokens, dparams, G)
       dtokens, dparams, G = jax.lax.fori_loop(0, size, back, carry)
       return dtokens, dparams, steps, G
 
-    G = _read(dstate, (block.row,), block)
+    G = blocks.read(dstate, (block.row,), block)
     local = jax.tree.map(jnp.zeros_like, params)
     carry = (dtokens, local, _empty_steps(G), G)
     dtokens, local, _, G = jax.lax.fori_loop(0, _intervals(l), interval, carry)
-    add = lambda x, value: _write(x, _read(x, (), block) + value, (), block)
+    add = lambda x, value: blocks.write(
+      x, blocks.read(x, (), block) + value, (), block
+    )
     dparams = jax.tree.map(add, dparams, local)
-    return dtokens, dparams, _write(dinitials, G, (block.row,), block)
+    return dtokens, dparams, blocks.write(dinitials, G, (block.row,), block)
 
   # Equal buffers would be merged into one, and then copied.
-  fills = _Tokens(u=0, delta=1, B=2, C=3, z=4)
-  fills = fills._replace(z=None) if inputs.tokens.z is None else fills
-  like = lambda x, fill: partition.full(x.shape, fill, x.dtype, like=x)
+  leaves, structure = jax.tree.flatten(inputs.tokens)
+  buffers = [
+    partition.full(x.shape, fill, x.dtype, like=x)
+    for fill, x in enumerate(leaves)
+  ]
   carry = (
-    jax.tree.map(like, inputs.tokens, fills),
+    structure.unflatten(buffers),
     jax.tree.map(jnp.zeros_like, inputs.params),
     jnp.zeros_like(inputs.state),
   )
-  return _Inputs(*_over_blocks(inputs.state, run_block, carry))
+  return _Inputs(*blocks.for_each(inputs.state, run_block, carry))
 
 
 def _step_back(params, token, dout, steps, j, G, dparams, options):
@@ -377,19 +359,6 @@ def _position(s, l, options):
   return l - 1 - s if options.reverse else s
 
 
-def _over_blocks(state, function, carry):
-  """Runs carry = function(block, carry) for all blocks."""
-  b, n, g, e = state.shape
-  fitting = _BLOCK_BYTES // (n * e * state.dtype.itemsize)
-  groups = max(k for k in range(1, g + 1) if g % k == 0 and k <= max(1, fitting))
-  columns = g // groups
-
-  def body(i, carry):
-    return function(_Block(i // columns, i % columns * groups, groups), carry)
-
-  return jax.lax.fori_loop(0, b * columns, body, carry)
-
-
 def _empty_steps(h):
   full = lambda *shape: partition.full(shape, 0, h.dtype, like=h)
   return _Steps(
@@ -400,36 +369,20 @@ def _empty_steps(h):
 
 
 def _at(x, i):
-  return dynamic_index_in_dim(x, i, keepdims=False)
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _put(x, value, i):
+  return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
 def _read_params(params, block):
-  return jax.tree.map(lambda x: _read(x, (), block), params)
+  return jax.tree.map(lambda x: blocks.read(x, (), block), params)
 
 
 def _read_token(tokens, block, t, options):
   def read(x):
-    return _read(x, (block.row, t), block).astype(options.compute_dtype)
+    return blocks.read(x, (block.row, t), block).astype(options.compute_dtype)
 
   u, delta, B, C, z = jax.tree.map(read, tokens)
   return _Token(u, delta, B.T[..., None], C.T[..., None], z)
-
-
-def _read(x, indices, block):
-  """x[indices] of the block's groups; the groups are the last axis but one."""
-  starts, sizes = _window(x, indices, block)
-  return jax.lax.dynamic_slice(x, starts, sizes).reshape(sizes[len(indices) :])
-
-
-def _write(x, value, indices, block):
-  """Returns x with x[indices] of the block's groups set, in the dtype of x."""
-  starts, sizes = _window(x, indices, block)
-  value = value.astype(x.dtype).reshape(sizes)
-  return jax.lax.dynamic_update_slice(x, value, starts)
-
-
-def _window(x, indices, block):
-  rank = len(indices)
-  middle = x.shape[rank:-2]
-  starts = (*indices, *(0 for _ in middle), block.group, 0)
-  return starts, (*(1 for _ in indices), *middle, block.groups, x.shape[-1])

@@ -9,7 +9,7 @@ import pytest
 from experiments import config_names
 from experiments.imagenet import run as run_lib
 from experiments.imagenet import rundir
-from experiments.imagenet.configs import _base, vim_small, vim_tiny
+from experiments.imagenet.configs import _base, digits, vim_small, vim_tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _FOLDER = _ROOT / "experiments" / "imagenet" / "configs"
@@ -45,7 +45,7 @@ class TestNames:
     with pytest.raises(config_names.UnknownConfigError) as error:
       config_names.resolve(["prog", f"--config={name}"], _FOLDER)
     assert hint in str(error.value)
-    assert "vim_small, vim_tiny" in str(error.value)
+    assert "digits, vim_small, vim_tiny" in str(error.value)
 
 
 class TestFiles:
@@ -70,6 +70,12 @@ class TestFiles:
       assert (c.label_smoothing, c.ema_decay) == (0.1, 0.99996)
       assert c.optimizer.clip_norm == 0
       assert c.eval_weights == "model"
+
+  def test_digits_never_mirrors_and_keeps_test_images_for_the_end(self):
+    c = digits.get_config()
+    assert not c.data.flip
+    splits = (c.data.train_split, c.data.valid_split, c.data.test_split)
+    assert splits == ("train", "validation", "test")
 
   def test_a_wrong_argument_is_answered_with_the_nearest(self):
     with pytest.raises(ValueError, match="Did you mean 'smoke'"):
@@ -119,6 +125,14 @@ class TestCommandLine:
         "num_classes=5 is too small",
       ),
       (
+        ["--config=vim_tiny:smoke", "--config.model.overrides.patch_size=80"],
+        "64x64 pixels is smaller than one patch of 80x80",
+      ),
+      (
+        ["--config=vim_tiny:smoke", "--config.batch_size=1000"],
+        "config.batch_size=1000 is larger than the training data",
+      ),
+      (
         ["--config=vim_tiny:smoke", "--config.data.name=imagnet"],
         "Unknown data set 'imagnet'",
       ),
@@ -144,7 +158,7 @@ class TestCommandLine:
   def test_help_lists_configurations_and_exit_codes(self, job):
     code, out, _ = job.run(None, config=["--help"])
     assert code == 0
-    assert "vim_small, vim_tiny" in out
+    assert "digits, vim_small, vim_tiny" in out
     assert "75  interrupted" in out
 
   def test_a_missing_package_names_the_extra(self, job):

@@ -1,6 +1,12 @@
 """The compiled steps and the bookkeeping around them, without processes."""
 
 import json
+import os
+import pty
+import select
+import sys
+import termios
+import time
 
 import chex
 from flax import linen as nn
@@ -367,6 +373,7 @@ class TestMetrics:
       file.write('{"step": 4, "spl')
 
     writer = metrics.Writer(tmp_path, start_step=2, tensorboard=False)
+    writer.write(2, "valid", {"loss": 9.0})  # There already.
     writer.write(3, "train", {"loss": 7.0})
     writer.close()
     assert metrics.read(tmp_path) == [
@@ -395,6 +402,42 @@ class TestMetrics:
     ]
     restarts = [e.step for e in events if e.HasField("session_log")]
     assert restarts == [3]
+
+
+class TestProgress:
+  _VALUES = {"loss": 0.5, "accuracy": 0.25}
+
+  def test_plain_lines_away_from_a_terminal(self, capsys):
+    progress = metrics.Progress(
+      step=0, total=100, batch_size=8, progress_bar=True
+    )
+    progress.update(10, self._VALUES)
+    progress.close()
+    line = capsys.readouterr().out
+    assert line.startswith("step 10/100  loss 0.5000  accuracy 0.2500  ")
+    assert line.endswith(" images/s  0:00:00 left\n")
+
+  def test_a_bar_on_a_terminal(self, monkeypatch):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    with open(theirs, "w") as terminal:
+      monkeypatch.setattr(sys, "stderr", terminal)
+      progress = metrics.Progress(
+        step=50, total=100, batch_size=8, progress_bar=True
+      )
+      time.sleep(0.2)  # tqdm draws ten times a second.
+      progress.update(75, self._VALUES)
+      progress.close()
+      screen = b""
+      while select.select([ours], [], [], 0.5)[0]:
+        screen += os.read(ours, 4096)
+    os.close(ours)
+    shown = screen.decode()
+    assert "50/100" in shown
+    assert "75/100" in shown
+    assert "loss 0.5000  accuracy 0.2500" in shown
+    assert "images/s" in shown
+    assert "<" in shown  # Time taken < time left.
 
 
 def _event_files(folder):

@@ -147,6 +147,11 @@ def test_the_whole_checkpoint_is_refused_with_what_to_pass():
     vimjax.convert_state_dict("vim_tiny", {"model": _state_dict()})
 
 
+def test_a_list_is_refused():
+  with pytest.raises(TypeError, match="must map official names to arrays"):
+    vimjax.convert_state_dict("vim_tiny", list(_state_dict().items()))
+
+
 def test_a_model_without_official_weights_is_refused():
   with pytest.raises(TypeError, match=r"expected a name or one of \['Vim'"):
     vimjax.convert_state_dict(object(), {})
@@ -177,19 +182,32 @@ def test_another_class_count_gives_a_new_head_and_says_so(caplog):
 @pytest.mark.parametrize("resize", ["class_aware", "official"])
 def test_another_image_size_resizes_the_positional_embedding(resize):
   state_dict = _square_state_dict(4)
-  small = _model(image_size=64, pos_embed_resize=resize)
-  large = _model(image_size=(64, 96), pos_embed_resize=resize)
+  fields = dict(pos_embed_resize=resize, scan_layers=True)
+  small = _model(image_size=64, **fields)
+  large = _model(image_size=(64, 96), **fields)
   images = golden_data.make_images("any", (1, 3, 64, 96))
   # Resized when the model runs, or once when it is converted.
-  want = small.apply(vimjax.convert_state_dict(small, state_dict), images)
+  variables = vimjax.convert_state_dict(small, state_dict)
+  want = jax.jit(small.apply)(variables, images)
+  run = jax.jit(large.apply)
   for model, size in ((small, (64, 96)), (large, None)):
     variables = vimjax.convert_state_dict(model, state_dict, image_size=size)
     assert variables["params"]["pos_embed"].shape == (25, 32)
-    np.testing.assert_allclose(
-      large.apply(variables, images), want, rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(run(variables, images), want, rtol=0, atol=1e-5)
 
 
 def test_a_grid_that_cannot_be_told_is_refused():
-  with pytest.raises(ValueError, match="24 patches are not a square grid"):
+  with pytest.raises(ValueError, match="24 patches, the model needs 4x4"):
     vimjax.convert_state_dict(_model(image_size=64), _state_dict())
+
+
+def test_a_grid_of_as_many_patches_is_resized_too():
+  # 4x6 patches to 3x8: the number of rows alone does not tell.
+  variables = vimjax.convert_state_dict(
+    _model(), _state_dict(), image_size=(48, 128)
+  )
+  got = np.asarray(variables["params"]["pos_embed"])
+  old = _state_dict()["pos_embed"][0]
+  assert got.shape == old.shape
+  np.testing.assert_array_equal(got[12], old[12])  # The class token's.
+  assert np.abs(got - old).max() > 0.1

@@ -28,14 +28,15 @@ class Family:
   Attributes:
     rules: Official keys to our paths.
     ignored: Patterns of official keys without a place here, and why.
-    adapt: Fits arrays that depend on the image size to a model.
+    adapt: Fits arrays that depend on the image size to a model, given what
+      size they are probably of.
     head: Official key of the classifier's weight, (classes, features), and all
       keys that a new classifier replaces.
   """
 
   rules: Sequence[rules.Rule]
   ignored: Mapping[str, str]
-  adapt: Callable[[Any, _StateDict], _StateDict]
+  adapt: Callable[[Any, _StateDict, Any], _StateDict]
   head: tuple[str, ...] = ("head.weight", "head.bias")
 
 
@@ -83,32 +84,47 @@ def convert_state_dict(
       f"convert_state_dict: expected a name or one of {known}, got {model!r}."
     )
   family = FAMILIES[type(model)]
-  scanned = model.scan_layers
+  made_for, scanned = model.image_size, model.scan_layers
   fields: dict[str, Any] = dict(scan_layers=False, parent=None)
   if image_size is not None:
     fields["image_size"] = image_size
   model = model.clone(**fields)
 
-  arrays = family.adapt(model, _arrays(state_dict))
-  wanted = _flat_params(model)
-  fresh = {}
-  if _needs_new_head(model, family, arrays):
-    fresh = _new_head(model, family, arrays, rng)
+  arrays, problems = _arrays(state_dict), []
+  try:
+    arrays = family.adapt(model, arrays, made_for)
+  except ValueError as error:
+    problems.append(str(error))
+  wanted, new_head = _flat_params(model), []
+  change = _head_change(model, family, arrays)
+  if change:
+    new_head = _paths(family, family.head)
     arrays = {k: v for k, v in arrays.items() if k not in family.head}
-    wanted = {k: v for k, v in wanted.items() if k not in fresh}
-  params, problems = rules.apply(family.rules, family.ignored, arrays, wanted)
+    wanted = {k: v for k, v in wanted.items() if k not in new_head}
+  if change and rng is None:
+    problems.append(f"{change}; pass rng=jax.random.key(seed) for a new head")
+  params, more = rules.apply(family.rules, family.ignored, arrays, wanted)
+  problems += more
   if problems:
     raise ValueError(
       f"This state dict does not fit {type(model).__name__}:\n  "
       + "\n  ".join(problems)
     )
-  flat = jax.tree.map(jnp.asarray, params) | fresh
+  flat = jax.tree.map(jnp.asarray, params)
+  if change:
+    _LOG.warning("New head: %s.", change)
+    flat |= _initialise(model, new_head, rng)
   variables = {"params": traverse_util.unflatten_dict(flat, sep="/")}
   return stack.stack_layers(variables) if scanned else variables
 
 
 def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
   """Checks the structure, drops a common "module." and makes NumPy arrays."""
+  if not isinstance(state_dict, Mapping):
+    raise TypeError(
+      "convert_state_dict: state_dict must map official names to arrays, got "
+      f"{type(state_dict)}."
+    )
   nested = [k for k, v in state_dict.items() if isinstance(v, Mapping)]
   if nested:
     raise TypeError(
@@ -132,31 +148,32 @@ def _smallest(model: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
 
 
-def _needs_new_head(model: Any, family: Family, arrays: _StateDict) -> bool:
+def _head_change(model: Any, family: Family, arrays: _StateDict) -> str | None:
+  """What differs if the classifier has another size than the model's."""
   weight = arrays.get(family.head[0])
   if weight is None or weight.ndim != 2:
-    return False  # A problem for the rules to report.
-  return weight.shape[0] != model.num_classes
+    return None  # A problem for the rules to report.
+  if weight.shape[0] == model.num_classes:
+    return None
+  return (
+    f"the state dict has {weight.shape[0]} classes, the model "
+    f"{model.num_classes}"
+  )
 
 
-def _new_head(
-  model: Any, family: Family, arrays: _StateDict, rng: Array | None
+def _paths(family: Family, keys: Sequence[str]) -> list[str]:
+  """Our paths for official keys."""
+  targets = (rule.target(key) for key in keys for rule in family.rules)
+  return [path for path in targets if path]
+
+
+def _initialise(
+  model: Any, paths: Sequence[str], rng: Array | None
 ) -> dict[str, Array]:
-  """The head as the model itself initialises it."""
-  classes = arrays[family.head[0]].shape[0]
-  change = f"the state dict has {classes} classes, the model "
-  change += f"{model.num_classes}"
-  if rng is None:
-    raise ValueError(
-      f"convert_state_dict: {change}; pass rng=jax.random.key(seed) to "
-      "initialise a new head."
-    )
-  _LOG.warning("New head: %s.", change)
-  targets = [r.target(key) for key in family.head for r in family.rules]
-  paths = [path for path in targets if path]
+  """Some parameters as the model itself initialises them."""
 
-  @jax.jit  # So that XLA drops everything but the head.
-  def init(key: Array) -> dict[str, Array]:
+  @jax.jit  # So that XLA drops everything else.
+  def init(key: Array | None) -> dict[str, Array]:
     image = jnp.zeros(_smallest(model).shape)
     params = model.init(key, image)["params"]
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")

@@ -7,9 +7,10 @@ from typing import Final
 import jax.numpy as jnp
 import numpy as np
 
-from vimjax.layers import pos_embed
 from vimjax.models import vim
 from vimjax.weights import rules
+
+Size = int | tuple[int, int]
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,38 +63,37 @@ IGNORED: Final[dict[str, str]] = {}
 
 
 def adapt(
-  model: vim.Vim, state_dict: dict[str, np.ndarray]
+  model: vim.Vim, state_dict: dict[str, np.ndarray], image_size: Size
 ) -> dict[str, np.ndarray]:
-  """Resizes the positional embedding to the model's grid if it has another.
+  """Resizes the positional embedding if the model's grid is another.
+
+  Args:
+    model: What the arrays are for.
+    state_dict: Official keys and arrays.
+    image_size: What the checkpoint was made for, if its rows are as many as
+      that gives; otherwise its grid must be square.
 
   Raises:
-    ValueError: The checkpoint's grid cannot be told, as it is not square.
+    ValueError: The checkpoint's grid cannot be told.
   """
-  old = state_dict.get("pos_embed")
-  size = model.image_size
-  h, w = model.grid((size, size) if isinstance(size, int) else size)
-  new_row = model.class_row(h * w)
-  extra = new_row is not None
-  if old is None or old.ndim != 3 or old.shape[1] == h * w + extra:
+  position = state_dict.get("pos_embed")
+  if position is None or position.ndim != 3:
+    return state_dict  # A problem for the rules to report.
+  new, old = model.grid(model.image_size), model.grid(image_size)
+  patches = position.shape[1] - (model.class_token != "none")
+  if patches != old[0] * old[1]:
+    side = math.isqrt(max(patches, 0))
+    if side == 0 or side * side != patches:
+      raise ValueError(
+        f"pos_embed has {patches} patches, the model needs {new[0]}x{new[1]}, "
+        "and these are no square grid to resize. Convert with a model whose "
+        "image_size is that of the checkpoint; it takes images of any size."
+      )
+    old = (side, side)
+  if old == new:
     return state_dict
-  patches = old.shape[1] - extra
-  side = math.isqrt(max(patches, 0))
-  if side == 0 or side * side != patches:
-    raise ValueError(
-      f"pos_embed has {old.shape[1]} rows, the model needs {h * w + extra} for "
-      f"a grid of {h}x{w}, and {patches} patches are not a square grid. "
-      "Convert with a model whose image_size is that of the checkpoint: it "
-      "takes images of any size."
-    )
-  old_row = model.class_row(patches)
-  if model.pos_embed_resize == "official" and extra:
-    old_row = new_row = 0
-  resized = pos_embed.resize(
-    jnp.asarray(old[0], jnp.float32),
-    (side, side),
-    (h, w),
-    old_class_row=old_row,
-    new_class_row=new_row,
+  _LOG.info("Resizing pos_embed from a grid of %s to %s.", old, new)
+  resized = model.resize_pos_embed(
+    jnp.asarray(position[0], jnp.float32), old, new
   )
-  _LOG.info("Resized pos_embed from %dx%d to %dx%d.", side, side, h, w)
   return {**state_dict, "pos_embed": np.asarray(resized)[None]}
