@@ -11,13 +11,13 @@ follows from p,
 
   g = dy C + exp(delta' A) g',  d(delta A) = g p,  dB = g delta u,  dC = dy h.
 
-A tile is short enough that each state is computed once. The last `Plan.kept`
+A tile is short enough that each state is computed once. The last `Plan.group`
 tokens of a tile in scan order leave p and exp(delta A) in registers; the others
 leave p in shared memory and repeat the exponential.
 
 A lane holds up to four channels times four states. Sums over states (for y and
 the gradients of u and delta) and over channels (for dB and dC) are taken within
-lanes only. The partial sums of `Plan.kept` tokens go to shared memory, where
+lanes only. The partial sums of `Plan.group` tokens go to shared memory, where
 all lanes add them up in a fixed order. That takes half the instructions of
 shuffles for each token, and no atomics: results are reproducible.
 
@@ -237,11 +237,11 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
       x = x.reshape(-1, g, e)
       x = jnp.pad(x, ((0, 0), (0, 0), (0, pad_e)))
       x = x.reshape(*x.shape[:2], -1, plan.inner)
-    else:  # D, delta_bias: a copy for each of `Plan.kept` tokens.
+    else:  # D, delta_bias: a copy for each of `Plan.group` tokens.
       x = x.astype(jnp.float32).reshape(g, e)
       x = jnp.pad(x, ((0, 0), (0, pad_e)))
       x = x.reshape(g, plan.channel_blocks, plan.rows, plan.inner)
-      x = jnp.tile(x, (1, 1, plan.kept, 1))
+      x = jnp.tile(x, (1, 1, plan.group, 1))
     arrays[name] = x
   return arrays
 
@@ -257,9 +257,9 @@ def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     "A": state,
     "B": (b * g * blocks, l, plan.n // common.VECTOR, common.VECTOR),
     "C": (b * g * blocks, l, plan.n // common.VECTOR, common.VECTOR),
-    "D": (b * k, g, blocks, *plan.kept_shape),
+    "D": (b * k, g, blocks, *plan.group_shape),
     "z": (b, l, g, plan.e),
-    "delta_bias": (b * k, g, blocks, *plan.kept_shape),
+    "delta_bias": (b * k, g, blocks, *plan.group_shape),
     "dstate": state,
   }
   out = {}
@@ -288,7 +288,7 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
       x = x[:, :, :e, :n].reshape(-1, d, n)
       x = x[0] if name == "A" else x
     else:  # D, delta_bias.
-      x = x.reshape(-1, g, plan.channel_blocks, plan.kept, plan.channels)
+      x = x.reshape(-1, g, plan.channel_blocks, plan.group, plan.channels)
       x = x.sum((0, 3)).reshape(g, -1)[:, :e].reshape(d)
     out[name] = x
   return Outputs(**out)

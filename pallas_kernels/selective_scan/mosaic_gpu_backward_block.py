@@ -27,7 +27,7 @@ def scratch_types(
   What is named after an input holds a tile of it as it came; `staged` holds,
   in float32, what tokens and channels have in common.
   """
-  tile, kept = plan.tile, plan.kept
+  tile, group = plan.tile, plan.group
   row = (tile, plan.vectors, common.VECTOR)
   scratch: dict[str, Any] = {}
   for name in _sequences(arrays):
@@ -39,7 +39,7 @@ def scratch_types(
     scratch[name + "_smem"] = plgpu.SMEM((2, *row), jnp.float32)
   # Together, because each of these starts at a multiple of 1024 bytes.
   scratch["rows_out_smem"] = plgpu.SMEM((2, *row), jnp.float32)
-  scratch["sums"] = plgpu.SMEM((2, *plan.kept_shape), jnp.float32)
+  scratch["sums"] = plgpu.SMEM((2, *plan.group_shape), jnp.float32)
   scratch["state_smem"] = plgpu.SMEM(plan.state_shape, jnp.float32)
   staged = ["delta", "delta_u", "dy", "u"]
   if plan.softplus or ("delta_bias" in arrays and plan.l % plan.tile):
@@ -49,11 +49,11 @@ def scratch_types(
   shape = (tile * plan.rows, plan.inner)
   for name in staged:
     scratch[name + "_staged"] = plgpu.SMEM(shape, jnp.float32)
-  shape = (tile - kept, plan.inner, *plan.part_shape)
-  if tile > kept:
+  if plan.stored:
+    shape = (plan.stored, plan.inner, *plan.part_shape)
     scratch["decayed_smem"] = plgpu.SMEM(shape, jnp.float32)
-  scratch["over_channels"] = plgpu.SMEM((kept, *plan.part_shape), jnp.float32)
-  shape = (2, plan.vectors, kept * plan.rows + _padding(plan), plan.inner)
+  scratch["over_channels"] = plgpu.SMEM((group, *plan.part_shape), jnp.float32)
+  shape = (2, plan.vectors, group * plan.rows + _padding(plan), plan.inner)
   scratch["over_states"] = plgpu.SMEM(shape, jnp.float32)
   count = len(_sequences(arrays))
   scratch["sequences_arrived"] = plgpu.Barrier(num_arrivals=count)
@@ -106,7 +106,7 @@ class _Block:
     self.refs, self.plan = refs, plan
     self.place = place = plan.place()
     self.layout = plan.part_layout()
-    self.flat = plan.flat_layout(plan.kept_shape)
+    self.flat = plan.flat_layout(plan.group_shape)
     self.rows = pl.ds(place.block * plan.rows, plan.rows)
     self.channels = pl.ds(place.block * plan.channels, plan.channels)
     # Where n is no power of two this reaches beyond it, which only copies may,
@@ -189,7 +189,7 @@ class _Block:
       return [common.zeros(shape, self.layout) for _ in range(plan.inner)]
 
     for name in self._sums():
-      common.store(self._sum(name), common.zeros(plan.kept_shape, self.flat))
+      common.store(self._sum(name), common.zeros(plan.group_shape, self.flat))
     if "dstate" in self.refs:
       g = self._load_parts(self._of_row("dstate", self.place.row))
     else:
@@ -250,7 +250,7 @@ class _Block:
     slot = lax.rem(i, jnp.int32(2))
     first_token = self._tile_of(i) * plan.tile
     plgpu.barrier_wait(refs["sequences_arrived"])
-    for row in range(0, plan.tile, plan.kept):
+    for row in range(0, plan.tile, plan.group):
       self._stage(row, first_token)
     plgpu.commit_smem()
     more = i + 1 < self.place.tiles
@@ -265,26 +265,26 @@ class _Block:
     h = self._load_parts(refs["state_smem"])
     # The results of the tile before have left, so that they can be replaced.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    steps = range(0, plan.tile, plan.kept)
-    for first in steps:
-      saved = []
-      for step in range(first, first + plan.kept):
+    groups = range(0, plan.tile, plan.group)
+    saved = {}
+    for first in groups:
+      for step in range(first, first + plan.group):
         h, decayed, decay = self._recompute(step, slot, h)
-        saved.append((decayed, decay))
-        if first < steps[-1]:
-          for part, x in enumerate(decayed):
-            common.store(refs["decayed_smem"].at[step, part], x)
-      if first == steps[-1]:
+        if step >= plan.stored:
+          saved[step] = decayed, decay
+          continue
+        for part, x in enumerate(decayed):
+          common.store(refs["decayed_smem"].at[step, part], x)
+      if first == groups[-1]:
         plgpu.commit_smem()  # The checkpoint has been read.
         pl.when(more)(lambda: self.fetch_state(i + 1))
       else:
         common.sync_lanes()
       self._finish_recompute(first)
       common.sync_lanes()
-    for first in reversed(steps):
-      for step in reversed(range(first, first + plan.kept)):
-        kept = saved[step - first] if first == steps[-1] else (None, None)
-        carry = self._differentiate(step, slot, carry, kept)
+    for first in reversed(groups):
+      for step in reversed(range(first, first + plan.group)):
+        carry = self._differentiate(step, slot, carry, saved.get(step))
       common.sync_lanes()
       self._finish_differentiate(first)
       if first:
@@ -296,17 +296,19 @@ class _Block:
   def _stage(self, row, first_token) -> None:
     """What a token and channel need, computed once for all states."""
     refs, plan = self.refs, self.plan
-    shape = (plan.kept, plan.channels)
+    shape = (plan.group, plan.channels)
     layout = plan.flat_layout(shape)
 
     def load(name):
-      return common.load(refs[name + "_smem"].at[pl.ds(row, plan.kept)], layout)
+      return common.load(
+        refs[name + "_smem"].at[pl.ds(row, plan.group)], layout
+      )
 
     def store(name, x):
-      common.store(refs[name + "_staged"].at[self._kept_rows(row)], x)
+      common.store(refs[name + "_staged"].at[self._group_rows(row)], x)
 
     def reshape(x):
-      return x.reshape(plan.kept_shape)
+      return x.reshape(plan.group_shape)
 
     delta, u = reshape(load("delta")), reshape(load("u"))
     dy, slope = reshape(load("dy")), None
@@ -334,8 +336,8 @@ class _Block:
     store("dy", dy)
     store("u", u)
 
-  def _kept_rows(self, row):
-    return pl.ds(row * self.plan.rows, self.plan.kept * self.plan.rows)
+  def _group_rows(self, row):
+    return pl.ds(row * self.plan.rows, self.plan.group * self.plan.rows)
 
   def _token(self, step, slot, names):
     """Values of a token, for each part of the state."""
@@ -358,7 +360,7 @@ class _Block:
 
   def _add_over_states(self, which, step, parts) -> None:
     plan = self.plan
-    row = self._row_of(step) % plan.kept
+    row = self._row_of(step) % plan.group
     rows = pl.ds(row * plan.rows, plan.rows)
     parts = [jnp.sum(x, axis=2) for x in parts]
     for part, x in enumerate(parts):
@@ -366,7 +368,7 @@ class _Block:
       common.store(ref.transpose((1, 0)), x)
 
   def _add_over_channels(self, step, parts) -> None:
-    row = self._row_of(step) % self.plan.kept
+    row = self._row_of(step) % self.plan.group
     common.store(self.refs["over_channels"].at[row], sum(parts[1:], parts[0]))
 
   def _recompute(self, step, slot, h: State):
@@ -384,18 +386,18 @@ class _Block:
     self._add_over_channels(step, [x * y for x, y in zip(dy, h, strict=True)])
     return h, decayed, decay
 
-  def _differentiate(self, step, slot, carry: _Carry, kept) -> _Carry:
+  def _differentiate(self, step, slot, carry: _Carry, saved) -> _Carry:
     """One step against the scan."""
     parts = range(self.plan.inner)
     delta, delta_u, dy, B, C = self._token(
       step, slot, ["delta", "delta_u", "dy", "B", "C"]
     )
-    decayed, decay = kept
-    if decayed is None:
+    if saved is None:
       ref = self.refs["decayed_smem"].at[step]
       decayed = [common.load(ref.at[i], self.layout) for i in parts]
-    if decay is None:
       decay = [common.exp2(delta[i] * self.log2_decay[i]) for i in parts]
+    else:
+      decayed, decay = saved
     g = [carry.g[i] + dy[i] * C for i in parts]
     self._add_over_channels(step, [g[i] * delta_u[i] for i in parts])
     self._add_over_states(0, step, [g[i] * B for i in parts])
@@ -413,11 +415,11 @@ class _Block:
     plan = self.plan
     x = common.load(self.refs["over_channels"], plan.rows_layout())
     target = self.refs["rows_out_smem"].at["BC".index(name)]
-    common.store(target.at[pl.ds(row, plan.kept)], jnp.sum(x, axis=1))
+    common.store(target.at[pl.ds(row, plan.group)], jnp.sum(x, axis=1))
 
   def _sum_over_states(self, which) -> jax.Array:
     plan = self.plan
-    rows = pl.ds(0, plan.kept * plan.rows)
+    rows = pl.ds(0, plan.group * plan.rows)
     parts = [
       common.load(self.refs["over_states"].at[which, i, rows], self.flat)
       for i in range(plan.vectors)
@@ -427,19 +429,19 @@ class _Block:
   def _first_row(self, step):
     """The first token of a group of steps, in memory order."""
     plan = self.plan
-    return plan.tile - plan.kept - step if plan.reverse else step
+    return plan.tile - plan.group - step if plan.reverse else step
 
   def _staged(self, name, row) -> jax.Array:
-    ref = self.refs[name + "_staged"].at[self._kept_rows(row)]
+    ref = self.refs[name + "_staged"].at[self._group_rows(row)]
     return common.load(ref, self.flat)
 
   def _write(self, name, row, x) -> None:
     plan = self.plan
-    target = self.refs[name + "_out_smem"].at[pl.ds(row, plan.kept)]
-    common.store(target, x.reshape(plan.kept, plan.channels))
+    target = self.refs[name + "_out_smem"].at[pl.ds(row, plan.group)]
+    common.store(target, x.reshape(plan.group, plan.channels))
 
   def _finish_recompute(self, step) -> None:
-    """dC, and dz from y, for `kept` tokens."""
+    """dC, and dz from y, for a group of tokens."""
     row = self._first_row(step)
     self._sum_over_channels("C", row)
     if "z" in self.refs:
@@ -449,7 +451,7 @@ class _Block:
       self._write("z", row, y * self._staged("gate", row))
 
   def _finish_differentiate(self, step) -> None:
-    """dB, du and d(delta) for `kept` tokens, and what they add to sums."""
+    """dB, du and d(delta) for a group of tokens, and what they add to sums."""
     row = self._first_row(step)
     self._sum_over_channels("B", row)
     g_B = self._sum_over_states(0)

@@ -185,12 +185,12 @@ class Plan(Sizes):
   n: int
 
   # Tokens whose partial sums are added up together: one for each warp.
-  kept: ClassVar[int] = 4
+  group: ClassVar[int] = 4
 
   def __post_init__(self):
-    if self.tile % self.kept:
+    if self.tile % self.group:
       raise ValueError(
-        f"Config: `backward_tile` must be a multiple of {self.kept}, got "
+        f"Config: `backward_tile` must be a multiple of {self.group}, got "
         f"{self.tile}."
       )
 
@@ -215,6 +215,14 @@ class Plan(Sizes):
     return self.rows * self.inner
 
   @property
+  def stored(self) -> int:
+    """Tokens of a tile, in scan order, whose states go to shared memory.
+
+    A lane has registers for those of the others, two numbers each.
+    """
+    return max(0, self.tile - 4 * self.group // self.inner)
+
+  @property
   def state_shape(self) -> tuple[int, ...]:
     """The states of a block in memory."""
     return (self.rows, self.inner, self.vectors, common.VECTOR)
@@ -225,9 +233,9 @@ class Plan(Sizes):
     return (self.rows, self.vectors, common.VECTOR)
 
   @property
-  def kept_shape(self) -> tuple[int, ...]:
-    """A number for each channel of `kept` tokens."""
-    return (self.kept * self.rows, self.inner)
+  def group_shape(self) -> tuple[int, ...]:
+    """A number for each channel of `group` tokens."""
+    return (self.group * self.rows, self.inner)
 
   def part_layout(self) -> Any:
     """Of `part_shape`: lanes by rows and, fastest, by vectors of states."""
@@ -241,13 +249,13 @@ class Plan(Sizes):
     )
 
   def flat_layout(self, shape: tuple[int, ...]) -> Any:
-    """Of `kept_shape`, or (kept, channels): spread over all lanes."""
-    size = self.kept * self.channels // common.LANES
+    """Of `group_shape`, or (group, channels): spread over all lanes."""
+    size = self.group * self.channels // common.LANES
     return plgpu.Layout.WG_STRIDED(shape, min(size, common.VECTOR))
 
   def rows_layout(self) -> Any:
-    """Of (kept, *part_shape): one token for each warp, rows to be summed."""
-    shape = (self.kept, *self.part_shape)
+    """Of (group, *part_shape): one token for each warp, rows to be summed."""
+    shape = (self.group, *self.part_shape)
     rows = 32 // self.vectors
     return layout(
       shape,
