@@ -80,7 +80,10 @@ class Outputs(NamedTuple):
 class Cell(Protocol):
   """How one lane holds its states: a `State` is a tuple of registers."""
 
-  lanes: int
+  @property
+  def lanes(self) -> int:
+    """Channels of a block."""
+    ...
 
   def row_shape(self, tokens: int) -> tuple[int, ...]:
     """Shape of B or C for a tile in shared memory."""
