@@ -46,16 +46,25 @@ class Impl:
   platforms: tuple[str, ...] | None = None
 
 
-def default_platform() -> str:
-  """The platform that the traced code is for: "cpu", "gpu" or "tpu".
+def target_device() -> Any:
+  """The device that the traced code is for, real or abstract.
 
   The device of the mesh in context wins, an abstract one included, so that
   code can be lowered for a platform that this machine lacks; without a mesh
-  it is JAX's default device.
+  it is JAX's default device. A real device stands for an abstract one of the
+  same kind: it knows more about itself.
   """
+  default = jax.extend.backend.get_default_device()
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
-  device = device or jax.extend.backend.get_default_device()
+  if device is None or device.device_kind == default.device_kind:
+    return default
+  return device
+
+
+def default_platform() -> str:
+  """The platform of `target_device`: "cpu", "gpu" or "tpu"."""
+  device = target_device()
   return _PLATFORM_ALIASES.get(device.platform, device.platform)
 
 

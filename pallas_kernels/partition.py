@@ -102,6 +102,15 @@ def full(
   return _cast(jnp.full(shape, fill_value, dtype), _varying(like))
 
 
+def vary_like(x: jax.Array, *, like: jax.Array) -> jax.Array:
+  """`x` with a type that varies over the manual mesh axes of `like` too.
+
+  Results of a kernel need this: they are computed from shards, but JAX cannot
+  see that.
+  """
+  return _cast(x, _varying(like))
+
+
 def plan(
   arrays: Mapping[str, jax.Array], layouts: Mapping[str, str], lead: str
 ) -> Split | None:

@@ -3,6 +3,7 @@
 b batch, l length, d channels, n state size, g groups of channels.
 """
 
+import functools
 from typing import Final, Literal, overload
 
 import jax.numpy as jnp
@@ -11,20 +12,41 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, partition
 from pallas_kernels.selective_scan import (
   arguments,
+  mosaic_gpu,
+  mosaic_gpu_common,
   reference,
   xla_associative,
   xla_sequential,
 )
 
-Implementation = Literal["xla_sequential", "xla_associative", "reference"]
+Implementation = Literal[
+  "mosaic_gpu",
+  "xla_sequential",
+  "xla_associative",
+  "reference",
+  "mosaic_gpu_interpret",
+]
 
 IMPLEMENTATIONS: Final = {  # In order of preference.
-  # "mosaic_gpu" comes here, first on NVIDIA GPUs.
+  "mosaic_gpu": dispatch.Impl(
+    function=mosaic_gpu.selective_scan,
+    why_not=mosaic_gpu.why_not,
+    platforms=("gpu",),
+  ),
   "xla_sequential": dispatch.Impl(
     function=xla_sequential.selective_scan, platforms=("cpu",)
   ),
   "xla_associative": dispatch.Impl(function=xla_associative.selective_scan),
   "reference": dispatch.Impl(function=reference.selective_scan, platforms=()),
+  # The GPU kernels, interpreted on the CPU: for their tests, and slow.
+  "mosaic_gpu_interpret": dispatch.Impl(
+    function=functools.partial(
+      mosaic_gpu.selective_scan,
+      interpret=mosaic_gpu_common.Interpret(detect_races=True),
+    ),
+    why_not=mosaic_gpu.why_not_interpreted,
+    platforms=(),
+  ),
 }
 
 

@@ -74,7 +74,8 @@ def test_unknown_implementation_lists_the_valid_ones(name):
     pallas_kernels.selective_scan(**arrays, implementation=name)
   assert str(error.value) == (
     f"Unknown implementation {name!r} for `selective_scan`; expected None or "
-    "one of ['reference', 'xla_associative', 'xla_sequential']."
+    "one of ['mosaic_gpu', 'mosaic_gpu_interpret', 'reference', "
+    "'xla_associative', 'xla_sequential']."
   )
 
 
@@ -136,7 +137,7 @@ def test_code_for_a_gpu_is_made_without_having_one(log_of):
   scan = jax.jit(lambda arrays: pallas_kernels.selective_scan(**arrays))
   with jax.sharding.use_abstract_mesh(_h100_mesh()):
     assert log_of() == [
-      "selective_scan runs as 'xla_associative' (first choice on gpu)."
+      "selective_scan runs as 'mosaic_gpu' (first choice on gpu)."
     ]
     lowered = scan.trace(arrays).lower(lowering_platforms=("cuda",))
-  assert "func.func public @main" in lowered.as_text()
+  assert "mosaic_gpu" in lowered.as_text()

@@ -1,0 +1,469 @@
+"""The program of a block of `mosaic_gpu_backward`."""
+
+from collections.abc import Mapping
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.selective_scan import mosaic_gpu_backward_plan
+from pallas_kernels.selective_scan import mosaic_gpu_common as common
+
+Refs = Mapping[str, Any]
+State = list[jax.Array]  # A register vector for each channel of a lane.
+
+_BANKS = 32  # Of shared memory, 4 bytes each.
+
+
+def scratch_types(
+  arrays: Mapping[str, Any], plan: mosaic_gpu_backward_plan.Plan
+) -> dict[str, Any]:
+  """Shared memory of a block.
+
+  What is named after an input holds a tile of it as it came; `staged` holds,
+  in float32, what tokens and channels have in common.
+  """
+  tile, group = plan.tile, plan.group
+  row = (tile, plan.vectors, common.VECTOR)
+  scratch: dict[str, Any] = {}
+  for name in _sequences(arrays):
+    shape = (tile, plan.channels)
+    scratch[name + "_smem"] = plgpu.SMEM(shape, arrays[name].dtype)
+    if name != "dy":
+      scratch[name + "_out_smem"] = plgpu.SMEM(shape, arrays[name].dtype)
+  for name in ("B", "C"):
+    scratch[name + "_smem"] = plgpu.SMEM((2, *row), jnp.float32)
+  # Together, because each of these starts at a multiple of 1024 bytes.
+  scratch["rows_out_smem"] = plgpu.SMEM((2, *row), jnp.float32)
+  scratch["sums"] = plgpu.SMEM((2, *plan.group_shape), jnp.float32)
+  scratch["state_smem"] = plgpu.SMEM(plan.state_shape, jnp.float32)
+  staged = ["delta", "delta_u", "dy", "u"]
+  if plan.softplus or ("delta_bias" in arrays and plan.l % plan.tile):
+    staged.append("slope")
+  if "z" in arrays:
+    staged.append("gate")
+  shape = (tile * plan.rows, plan.inner)
+  for name in staged:
+    scratch[name + "_staged"] = plgpu.SMEM(shape, jnp.float32)
+  if plan.stored:
+    shape = (plan.stored, plan.inner, *plan.part_shape)
+    scratch["decayed_smem"] = plgpu.SMEM(shape, jnp.float32)
+  scratch["over_channels"] = plgpu.SMEM((group, *plan.part_shape), jnp.float32)
+  shape = (2, plan.vectors, group * plan.rows + _padding(plan), plan.inner)
+  scratch["over_states"] = plgpu.SMEM(shape, jnp.float32)
+  count = len(_sequences(arrays))
+  scratch["sequences_arrived"] = plgpu.Barrier(num_arrivals=count)
+  scratch["rows_arrived"] = plgpu.Barrier(num_arrivals=2, num_barriers=2)
+  scratch["state_arrived"] = plgpu.Barrier()
+  return scratch
+
+
+def _padding(plan: mosaic_gpu_backward_plan.Plan) -> int:
+  """Rows that keep the lanes of a channel in different memory banks."""
+  if plan.vectors == 1:
+    return 0
+  return max(_BANKS // plan.vectors, common.VECTOR) // plan.inner
+
+
+def _sequences(names: Mapping[str, Any]) -> list[str]:
+  return [name for name in ("u", "delta", "z", "dy") if name in names]
+
+
+class _Carry(NamedTuple):
+  """What a block takes from tile to tile.
+
+  Attributes:
+    g: Gradient of the state.
+    A: Gradient of A.
+  """
+
+  g: State
+  A: State
+
+
+def run(refs: Refs, plan: mosaic_gpu_backward_plan.Plan) -> None:
+  """Walks the tiles of a chunk against the scan."""
+  block = _Block(refs, plan)
+  zero = jnp.int32(0)
+  block.fetch_sequences(zero)
+  block.fetch_rows(zero)
+  block.fetch_state(zero)
+  carry = lax.fori_loop(
+    zero, block.place.tiles, block.tile, block.first_carry()
+  )
+  block.write_sums(carry)
+  plgpu.wait_smem_to_gmem(0)
+
+
+class _Block:
+  """The steps of a block, on the refs of the kernel by name."""
+
+  def __init__(self, refs: Refs, plan: mosaic_gpu_backward_plan.Plan):
+    self.refs, self.plan = refs, plan
+    self.place = place = plan.place()
+    self.layout = plan.part_layout()
+    self.flat = plan.flat_layout(plan.group_shape)
+    self.rows = pl.ds(place.block * plan.rows, plan.rows)
+    self.channels = pl.ds(place.block * plan.channels, plan.channels)
+    # Where n is no power of two this reaches beyond it, which only copies may,
+    # and only those whose start is not known when the kernel is traced.
+    whole = plan.vectors * common.VECTOR == plan.n
+    first = 0 if whole else lax.axis_index("block") * 0
+    self.states = pl.ds(first, plan.vectors)
+    self.log2_decay = self._load_parts(self._of_row("A", 0))
+
+  # Access to memory.
+
+  def _constant(self, name):
+    """D or the bias; read again each time, since registers are scarce."""
+    ref = self.refs[name].at[self.place.group, self.place.block]
+    return common.load(ref, self.flat)
+
+  def _load_parts(self, ref) -> State:
+    return [
+      common.load(ref.at[:, i], self.layout) for i in range(self.plan.inner)
+    ]
+
+  def _row_of(self, step):
+    """The token of a tile, in memory order, at a step of the scan."""
+    return self.plan.tile - 1 - step if self.plan.reverse else step
+
+  def _tile_of(self, i):
+    """The i-th tile that is walked, in memory order."""
+    ahead = i if self.plan.reverse else self.place.tiles - 1 - i
+    return self.place.first_tile + ahead
+
+  def _tokens(self, i):
+    return pl.ds(self._tile_of(i) * self.plan.tile, self.plan.tile)
+
+  def fetch_sequences(self, i) -> None:
+    place = self.place
+    for name in _sequences(self.refs):
+      source = self.refs[name].at[
+        place.row, self._tokens(i), place.group, self.channels
+      ]
+      target = self.refs[name + "_smem"]
+      plgpu.copy_gmem_to_smem(source, target, self.refs["sequences_arrived"])
+
+  def fetch_rows(self, i) -> None:
+    slot = lax.rem(i, jnp.int32(2))
+    for name in ("B", "C"):
+      row = self.place.row * self.plan.g + self.place.group
+      source = self.refs[name].at[row, self._tokens(i), self.states]
+      target = self.refs[name + "_smem"].at[slot]
+      barrier = self.refs["rows_arrived"].at[slot]
+      plgpu.copy_gmem_to_smem(source, target, barrier)
+
+  def fetch_state(self, i) -> None:
+    place, plan = self.place, self.plan
+    index = (place.row * plan.tiles + self._tile_of(i)) * plan.g + place.group
+    source = self.refs["checkpoints"].at[index, self.rows, :, self.states]
+    barrier = self.refs["state_arrived"]
+    plgpu.copy_gmem_to_smem(source, self.refs["state_smem"], barrier)
+
+  def write_tile(self, i) -> None:
+    place, plan = self.place, self.plan
+    for name in ("u", "delta", "z"):
+      if name in self.refs:
+        target = self.refs[name + "_out"].at[
+          place.row, self._tokens(i), place.group, self.channels
+        ]
+        plgpu.copy_smem_to_gmem(self.refs[name + "_out_smem"], target)
+    index = (place.row * plan.g + place.group) * plan.channel_blocks
+    for name in ("B", "C"):
+      target = self.refs[name + "_out"].at[
+        index + place.block, self._tokens(i), self.states
+      ]
+      source = self.refs["rows_out_smem"].at["BC".index(name)]
+      plgpu.copy_smem_to_gmem(source, target)
+
+  def first_carry(self) -> _Carry:
+    plan = self.plan
+
+    def zeros():
+      shape = plan.part_shape
+      return [common.zeros(shape, self.layout) for _ in range(plan.inner)]
+
+    for name in self._sums():
+      common.store(self._sum(name), common.zeros(plan.group_shape, self.flat))
+    if "dstate" in self.refs:
+      g = self._load_parts(self._of_row("dstate", self.place.row))
+    else:
+      g = zeros()
+    g = plan.pass_chunks(self.place, g, self._load_chunk, self._add_chunk)
+    return _Carry(g, zeros())
+
+  def _of_row(self, name, row):
+    return self.refs[name].at[row, self.place.group, self.rows]
+
+  def _load_chunk(self, index):
+    delta_sum = self._of_row("chunk_delta_sum", index)
+    layout = self.layout.reduce((1, 2))
+    parts = [
+      common.load(delta_sum.at[:, i], layout) for i in range(self.plan.inner)
+    ]
+    return parts, self._load_parts(self._of_row("chunk_dstate", index))
+
+  def _add_chunk(self, g, left):
+    delta_sum, inner = left
+    return [
+      common.exp2(self._spread(x, (0,)) * a) * part + y
+      for x, a, part, y in zip(
+        delta_sum, self.log2_decay, g, inner, strict=True
+      )
+    ]
+
+  def _spread(self, x, dims):
+    """Repeats an array along the other dimensions of a part of the state."""
+    x = lax.broadcast_in_dim(x, self.plan.part_shape, dims)
+    return plgpu.layout_cast(x, self.layout)
+
+  def write_sums(self, carry: _Carry) -> None:
+    place = self.place
+    index = place.row * self.plan.chunks + place.chunk
+    for name, parts in (("A", carry.A), ("dstate", carry.g)):
+      ref = self._of_row(name + "_out", index)
+      for i, part in enumerate(parts):
+        common.store(ref.at[:, i], part)
+    for name in self._sums():
+      ref = self.refs[name + "_out"].at[index, place.group, place.block]
+      common.store(ref, common.load(self._sum(name), self.flat))
+
+  def _sums(self):
+    return [name for name in ("D", "delta_bias") if name in self.refs]
+
+  def _sum(self, name):
+    return self.refs["sums"].at[self._sums().index(name)]
+
+  def _add_to_sum(self, name, x) -> None:
+    """In shared memory, since registers are scarce."""
+    common.store(self._sum(name), common.load(self._sum(name), self.flat) + x)
+
+  # A tile.
+
+  def tile(self, i, carry: _Carry) -> _Carry:
+    refs, plan = self.refs, self.plan
+    slot = lax.rem(i, jnp.int32(2))
+    first_token = self._tile_of(i) * plan.tile
+    plgpu.barrier_wait(refs["sequences_arrived"])
+    for row in range(0, plan.tile, plan.group):
+      self._stage(row, first_token)
+    plgpu.commit_smem()
+    more = i + 1 < self.place.tiles
+
+    @pl.when(more)
+    def _():
+      self.fetch_sequences(i + 1)
+      self.fetch_rows(i + 1)
+
+    plgpu.barrier_wait(refs["state_arrived"])
+    plgpu.barrier_wait(refs["rows_arrived"].at[slot])
+    h = self._load_parts(refs["state_smem"])
+    # The results of the tile before have left, so that they can be replaced.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    groups = range(0, plan.tile, plan.group)
+    saved = {}
+    for first in groups:
+      for step in range(first, first + plan.group):
+        h, decayed, decay = self._recompute(step, slot, h)
+        if step >= plan.stored:
+          saved[step] = decayed, decay
+          continue
+        for part, x in enumerate(decayed):
+          common.store(refs["decayed_smem"].at[step, part], x)
+      if first == groups[-1]:
+        plgpu.commit_smem()  # The checkpoint has been read.
+        pl.when(more)(lambda: self.fetch_state(i + 1))
+      else:
+        common.sync_lanes()
+      self._finish_recompute(first)
+      common.sync_lanes()
+    for first in reversed(groups):
+      for step in reversed(range(first, first + plan.group)):
+        carry = self._differentiate(step, slot, carry, saved.get(step))
+      common.sync_lanes()
+      self._finish_differentiate(first)
+      if first:
+        common.sync_lanes()
+    plgpu.commit_smem()  # The results, for the copies.
+    self.write_tile(i)
+    return carry
+
+  def _stage(self, row, first_token) -> None:
+    """What a token and channel need, computed once for all states."""
+    refs, plan = self.refs, self.plan
+    shape = (plan.group, plan.channels)
+    layout = plan.flat_layout(shape)
+
+    def load(name):
+      return common.load(
+        refs[name + "_smem"].at[pl.ds(row, plan.group)], layout
+      )
+
+    def store(name, x):
+      common.store(refs[name + "_staged"].at[self._group_rows(row)], x)
+
+    def reshape(x):
+      return x.reshape(plan.group_shape)
+
+    delta, u = reshape(load("delta")), reshape(load("u"))
+    dy, slope = reshape(load("dy")), None
+    if "delta_bias" in refs:
+      delta = delta + self._constant("delta_bias")
+    if plan.softplus:
+      delta, slope = common.softplus_and_sigmoid(delta)
+    if plan.l % plan.tile:
+      # A token beyond the last leaves the state as it is, and has no gradient.
+      token = lax.broadcasted_iota(jnp.int32, shape, 0)
+      token = plgpu.layout_cast(token, layout) + (first_token + row)
+      valid = reshape(jnp.where(token < plan.l, 1.0, 0.0))
+      delta = delta * valid
+      slope = valid if slope is None else slope * valid
+    if "slope_staged" in refs:
+      store("slope", slope)
+    if "z" in refs:
+      z = reshape(load("z"))
+      s = common.reciprocal(1.0 + common.exp2(z * -common.LOG2E))
+      silu = z * s
+      store("gate", dy * (s + silu * (1.0 - s)))
+      dy = dy * silu
+    store("delta", delta)
+    store("delta_u", delta * u)
+    store("dy", dy)
+    store("u", u)
+
+  def _group_rows(self, row):
+    return pl.ds(row * self.plan.rows, self.plan.group * self.plan.rows)
+
+  def _token(self, step, slot, names):
+    """Values of a token, for each part of the state."""
+    refs, plan = self.refs, self.plan
+    row = self._row_of(step)
+
+    def channels(name):
+      rows = pl.ds(row * plan.rows, plan.rows)
+      ref, layout = refs[name + "_staged"], self.layout.reduce((1, 2))
+      # One after the other, so that the compiler makes them one wide load.
+      parts = [common.load(ref.at[rows, i], layout) for i in range(plan.inner)]
+      return [self._spread(x, (0,)) for x in parts]
+
+    def states(name):
+      layout = self.layout.reduce(0)
+      x = common.load(refs[name + "_smem"].at[slot, row], layout)
+      return self._spread(x, (1, 2))
+
+    return [states(n) if n in "BC" else channels(n) for n in names]
+
+  def _add_over_states(self, which, step, parts) -> None:
+    plan = self.plan
+    row = self._row_of(step) % plan.group
+    rows = pl.ds(row * plan.rows, plan.rows)
+    parts = [jnp.sum(x, axis=2) for x in parts]
+    for part, x in enumerate(parts):
+      ref = self.refs["over_states"].at[which, :, rows, part]
+      common.store(ref.transpose((1, 0)), x)
+
+  def _add_over_channels(self, step, parts) -> None:
+    row = self._row_of(step) % self.plan.group
+    common.store(self.refs["over_channels"].at[row], sum(parts[1:], parts[0]))
+
+  def _recompute(self, step, slot, h: State):
+    """One step of the scan; returns h, exp(delta A) h' and exp(delta A)."""
+    delta, delta_u, dy, B, C = self._token(
+      step, slot, ["delta", "delta_u", "dy", "B", "C"]
+    )
+    decay = [
+      common.exp2(x * a) for x, a in zip(delta, self.log2_decay, strict=True)
+    ]
+    decayed = [x * y for x, y in zip(decay, h, strict=True)]
+    h = [x + y * B for x, y in zip(decayed, delta_u, strict=True)]
+    if "z" in self.refs:
+      self._add_over_states(0, step, [x * C for x in h])
+    self._add_over_channels(step, [x * y for x, y in zip(dy, h, strict=True)])
+    return h, decayed, decay
+
+  def _differentiate(self, step, slot, carry: _Carry, saved) -> _Carry:
+    """One step against the scan."""
+    parts = range(self.plan.inner)
+    delta, delta_u, dy, B, C = self._token(
+      step, slot, ["delta", "delta_u", "dy", "B", "C"]
+    )
+    if saved is None:
+      ref = self.refs["decayed_smem"].at[step]
+      decayed = [common.load(ref.at[i], self.layout) for i in parts]
+      decay = [common.exp2(delta[i] * self.log2_decay[i]) for i in parts]
+    else:
+      decayed, decay = saved
+    g = [carry.g[i] + dy[i] * C for i in parts]
+    self._add_over_channels(step, [g[i] * delta_u[i] for i in parts])
+    self._add_over_states(0, step, [g[i] * B for i in parts])
+    d_exponent = [g[i] * decayed[i] for i in parts]
+    self._add_over_states(
+      1, step, [d_exponent[i] * self.log2_decay[i] for i in parts]
+    )
+    return carry._replace(
+      g=[g[i] * decay[i] for i in parts],
+      A=[carry.A[i] + d_exponent[i] * delta[i] for i in parts],
+    )
+
+  def _sum_over_channels(self, name, row) -> None:
+    """Adds up the rows of `over_channels` into dB or dC."""
+    plan = self.plan
+    x = common.load(self.refs["over_channels"], plan.rows_layout())
+    target = self.refs["rows_out_smem"].at["BC".index(name)]
+    common.store(target.at[pl.ds(row, plan.group)], jnp.sum(x, axis=1))
+
+  def _sum_over_states(self, which) -> jax.Array:
+    plan = self.plan
+    rows = pl.ds(0, plan.group * plan.rows)
+    parts = [
+      common.load(self.refs["over_states"].at[which, i, rows], self.flat)
+      for i in range(plan.vectors)
+    ]
+    return functools.reduce(jnp.add, parts)
+
+  def _first_row(self, step):
+    """The first token of a group of steps, in memory order."""
+    plan = self.plan
+    return plan.tile - plan.group - step if plan.reverse else step
+
+  def _staged(self, name, row) -> jax.Array:
+    ref = self.refs[name + "_staged"].at[self._group_rows(row)]
+    return common.load(ref, self.flat)
+
+  def _write(self, name, row, x) -> None:
+    plan = self.plan
+    target = self.refs[name + "_out_smem"].at[pl.ds(row, plan.group)]
+    common.store(target, x.reshape(plan.group, plan.channels))
+
+  def _finish_recompute(self, step) -> None:
+    """dC, and dz from y, for a group of tokens."""
+    row = self._first_row(step)
+    self._sum_over_channels("C", row)
+    if "z" in self.refs:
+      y = self._sum_over_states(0)
+      if "D" in self.refs:
+        y = y + self._constant("D") * self._staged("u", row)
+      self._write("z", row, y * self._staged("gate", row))
+
+  def _finish_differentiate(self, step) -> None:
+    """dB, du and d(delta) for a group of tokens, and what they add to sums."""
+    row = self._first_row(step)
+    self._sum_over_channels("B", row)
+    g_B = self._sum_over_states(0)
+    u, dy = self._staged("u", row), self._staged("dy", row)
+    du = self._staged("delta", row) * g_B
+    if "D" in self.refs:
+      du = du + self._constant("D") * dy
+      self._add_to_sum("D", dy * u)
+    self._write("u", row, du)
+    ddelta = self._sum_over_states(1) * (1 / common.LOG2E) + u * g_B
+    if "slope_staged" in self.refs:
+      ddelta = ddelta * self._staged("slope", row)
+    self._write("delta", row, ddelta)
+    if "delta_bias" in self.refs:
+      self._add_to_sum("delta_bias", ddelta)
