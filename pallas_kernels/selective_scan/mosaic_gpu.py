@@ -249,40 +249,40 @@ def _scan_fwd(statics: _Statics, inputs: _Inputs):
   y, state, checkpoints = _run_forward(
     statics, inputs, checkpoint_tile=statics.config.backward_tile
   )
+  assert checkpoints is not None  # They were asked for.
   return (y, state), _Residuals(inputs, checkpoints)
 
 
 def _scan_bwd(statics: _Statics, residuals: _Residuals, cotangents):
   dy, dstate = cotangents
   inputs = residuals.inputs
-  du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = (
-    mosaic_gpu_backward.backward(
-      inputs.u,
-      inputs.delta,
-      inputs.A,
-      inputs.B,
-      inputs.C,
-      inputs.D,
-      inputs.z,
-      inputs.delta_bias,
-      residuals.checkpoints,
-      dy,
-      dstate,
-      softplus=statics.delta_softplus,
-      reverse=statics.reverse,
-      config=statics.config,
-      interpret=statics.interpret,
-    )
+  gradients = mosaic_gpu_backward.backward(
+    inputs.u,
+    inputs.delta,
+    inputs.A,
+    inputs.B,
+    inputs.C,
+    inputs.D,
+    inputs.z,
+    inputs.delta_bias,
+    residuals.checkpoints,
+    dy,
+    dstate,
+    softplus=statics.delta_softplus,
+    reverse=statics.reverse,
+    config=statics.config,
+    interpret=statics.interpret,
   )
-  if inputs.initial_state is None:
-    dinitial_state = None
-  return (_Inputs(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state),)
+  dinitial_state = None if inputs.initial_state is None else gradients.dstate
+  return (_Inputs(*gradients[:-1], initial_state=dinitial_state),)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _run_forward(statics: _Statics, inputs: _Inputs, *, checkpoint_tile: int):
+def _run_forward(
+  statics: _Statics, inputs: _Inputs, *, checkpoint_tile: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Returns y, the final state and the checkpoints (None without)."""
   b, l, d = inputs.u.shape
   g = inputs.B.shape[1]
@@ -303,7 +303,7 @@ def _run_forward(statics: _Statics, inputs: _Inputs, *, checkpoint_tile: int):
     checkpoint_tile=checkpoint_tile,
   )
   state = inputs.initial_state
-  outputs = mosaic_gpu_chunked.scan(
+  y, last, _, checkpoints = mosaic_gpu_chunked.scan(
     mosaic_gpu_forward.Inputs(
       u=inputs.u,
       delta=inputs.delta,
@@ -318,7 +318,8 @@ def _run_forward(statics: _Statics, inputs: _Inputs, *, checkpoint_tile: int):
     plan,
     statics.interpret,
   )
-  checkpoints = outputs.checkpoints
+  assert y is not None
+  assert last is not None
   if checkpoints is not None:
     checkpoints = checkpoints.reshape(b, -1, d, n)
-  return outputs.y, outputs.state.reshape(b, d, n), checkpoints
+  return y, last.reshape(b, d, n), checkpoints

@@ -65,7 +65,7 @@ def backward(
   reverse: bool,
   config: tuning.Config,
   interpret: common.Interpret | None = None,
-) -> tuple[jax.Array | None, ...]:
+) -> Outputs:
   """Gradients of the scan, from those of its output and its final state.
 
   Args:
