@@ -26,6 +26,7 @@ group, k chunks.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -193,11 +194,11 @@ def scan(
 
   def body(*refs, **scratch):
     refs = {**dict(zip(names, refs, strict=True)), **scratch}
-    mosaic_gpu_backward_block.run(refs, plan)
+    plan.run(functools.partial(mosaic_gpu_backward_block.run, refs))
 
   results = common.kernel(
     body,
-    name="selective_scan_backward",
+    name=plan.name + "_backward",
     out_type=list(out_type.values()),
     scratch_types=mosaic_gpu_backward_block.scratch_types(arrays, plan),
     grid={"block": plan.blocks},
@@ -222,7 +223,7 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
     if x is None:
       continue
     if name in ("u", "delta", "z", "dy"):
-      x = x.reshape(b, l, g, e)
+      x = x.reshape(plan.sequence_shape(name))
     elif name in ("B", "C"):
       x = x.reshape(b * g, l, *states)
     elif name == "checkpoints":
@@ -252,13 +253,13 @@ def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   blocks = plan.channel_blocks
   state = (b * k, g, blocks * plan.rows, *plan.state_shape[1:])
   shapes = {
-    "u": (b, l, g, plan.e),
-    "delta": (b, l, g, plan.e),
+    "u": plan.sequence_shape("du"),
+    "delta": plan.sequence_shape("ddelta"),
     "A": state,
     "B": (b * g * blocks, l, plan.n // common.VECTOR, common.VECTOR),
     "C": (b * g * blocks, l, plan.n // common.VECTOR, common.VECTOR),
     "D": (b * k, g, blocks, *plan.group_shape),
-    "z": (b, l, g, plan.e),
+    "z": plan.sequence_shape("dz"),
     "delta_bias": (b * k, g, blocks, *plan.group_shape),
     "dstate": state,
   }
@@ -267,7 +268,9 @@ def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     x = getattr(inputs, name)
     if x is None and name != "dstate":
       continue
-    dtype = x.dtype if name in ("u", "delta", "z") else jnp.float32
+    dtype = jnp.float32
+    if name in ("u", "delta", "z"):
+      dtype = plan.sequence_dtype("d" + name, x.dtype)
     out[name] = jax.ShapeDtypeStruct(shape, dtype)
   return out
 
@@ -279,7 +282,7 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
   out: dict[str, Any] = dict.fromkeys(Outputs._fields)
   for name, x in results.items():
     if name in ("u", "delta", "z"):
-      x = x.reshape(b, l, d)
+      x = x.reshape(b, -1, d)
     elif name in ("B", "C"):
       x = x.reshape(b, g, -1, l, n).sum(2)
     elif name in ("A", "dstate"):

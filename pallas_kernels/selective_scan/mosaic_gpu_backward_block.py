@@ -10,7 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan import mosaic_gpu_backward_plan
+from pallas_kernels.selective_scan import (
+  mosaic_gpu_backward_plan,
+  mosaic_gpu_walk,
+)
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
 Refs = Mapping[str, Any]
@@ -32,9 +35,11 @@ def scratch_types(
   scratch: dict[str, Any] = {}
   for name in _sequences(arrays):
     shape = (tile, plan.channels)
-    scratch[name + "_smem"] = plgpu.SMEM(shape, arrays[name].dtype)
+    dtype = arrays[name].dtype
+    scratch[name + "_smem"] = plgpu.SMEM(shape, dtype)
     if name != "dy":
-      scratch[name + "_out_smem"] = plgpu.SMEM(shape, arrays[name].dtype)
+      dtype = plan.sequence_dtype("d" + name, dtype)
+      scratch[name + "_out_smem"] = plgpu.SMEM(shape, dtype)
   for name in ("B", "C"):
     scratch[name + "_smem"] = plgpu.SMEM((2, *row), jnp.float32)
   # Together, because each of these starts at a multiple of 1024 bytes.
@@ -42,7 +47,8 @@ def scratch_types(
   scratch["sums"] = plgpu.SMEM((2, *plan.group_shape), jnp.float32)
   scratch["state_smem"] = plgpu.SMEM(plan.state_shape, jnp.float32)
   staged = ["delta", "delta_u", "dy", "u"]
-  if plan.softplus or ("delta_bias" in arrays and plan.l % plan.tile):
+  is_ragged = plan.is_ragged(plan.tile)
+  if plan.softplus or ("delta_bias" in arrays and is_ragged):
     staged.append("slope")
   if "z" in arrays:
     staged.append("gate")
@@ -137,17 +143,33 @@ class _Block:
     ahead = i if self.plan.reverse else self.place.tiles - 1 - i
     return self.place.first_tile + ahead
 
+  def _stored_tile(self, i):
+    """Its place among all that are stored."""
+    return self.plan.stored_tile(
+      self._tile_of(i), self.plan.tile, self.place.group
+    )
+
   def _tokens(self, i):
-    return pl.ds(self._tile_of(i) * self.plan.tile, self.plan.tile)
+    """The tokens of B and C."""
+    return pl.ds(self._stored_tile(i) * self.plan.tile, self.plan.tile)
+
+  def _windows(self, name, i):
+    return self.plan.windows(
+      self.refs[name],
+      self._tile_of(i),
+      self.plan.tile,
+      row=self.place.row,
+      group=self.place.group,
+      channels=self.channels,
+    )
 
   def fetch_sequences(self, i) -> None:
-    place = self.place
     for name in _sequences(self.refs):
-      source = self.refs[name].at[
-        place.row, self._tokens(i), place.group, self.channels
-      ]
-      target = self.refs[name + "_smem"]
-      plgpu.copy_gmem_to_smem(source, target, self.refs["sequences_arrived"])
+      mosaic_gpu_walk.copy_in(
+        self._windows(name, i),
+        self.refs[name + "_smem"],
+        self.refs["sequences_arrived"],
+      )
 
   def fetch_rows(self, i) -> None:
     slot = lax.rem(i, jnp.int32(2))
@@ -160,7 +182,8 @@ class _Block:
 
   def fetch_state(self, i) -> None:
     place, plan = self.place, self.plan
-    index = (place.row * plan.tiles + self._tile_of(i)) * plan.g + place.group
+    tiles = common.cdiv(plan.l, plan.tile)
+    index = (place.row * tiles + self._stored_tile(i)) * plan.g + place.group
     source = self.refs["checkpoints"].at[index, self.rows, :, self.states]
     barrier = self.refs["state_arrived"]
     plgpu.copy_gmem_to_smem(source, self.refs["state_smem"], barrier)
@@ -169,10 +192,8 @@ class _Block:
     place, plan = self.place, self.plan
     for name in ("u", "delta", "z"):
       if name in self.refs:
-        target = self.refs[name + "_out"].at[
-          place.row, self._tokens(i), place.group, self.channels
-        ]
-        plgpu.copy_smem_to_gmem(self.refs[name + "_out_smem"], target)
+        source = self.refs[name + "_out_smem"]
+        mosaic_gpu_walk.copy_out(source, self._windows(name + "_out", i))
     index = (place.row * plan.g + place.group) * plan.channel_blocks
     for name in ("B", "C"):
       target = self.refs[name + "_out"].at[
@@ -248,10 +269,10 @@ class _Block:
   def tile(self, i, carry: _Carry) -> _Carry:
     refs, plan = self.refs, self.plan
     slot = lax.rem(i, jnp.int32(2))
-    first_token = self._tile_of(i) * plan.tile
+    remaining = plan.remaining(self._tile_of(i), plan.tile, self.place.group)
     plgpu.barrier_wait(refs["sequences_arrived"])
     for row in range(0, plan.tile, plan.group):
-      self._stage(row, first_token)
+      self._stage(row, remaining)
     plgpu.commit_smem()
     more = i + 1 < self.place.tiles
 
@@ -293,7 +314,7 @@ class _Block:
     self.write_tile(i)
     return carry
 
-  def _stage(self, row, first_token) -> None:
+  def _stage(self, row, remaining) -> None:
     """What a token and channel need, computed once for all states."""
     refs, plan = self.refs, self.plan
     shape = (plan.group, plan.channels)
@@ -316,11 +337,11 @@ class _Block:
       delta = delta + self._constant("delta_bias")
     if plan.softplus:
       delta, slope = common.softplus_and_sigmoid(delta)
-    if plan.l % plan.tile:
+    if plan.is_ragged(plan.tile):
       # A token beyond the last leaves the state as it is, and has no gradient.
       token = lax.broadcasted_iota(jnp.int32, shape, 0)
-      token = plgpu.layout_cast(token, layout) + (first_token + row)
-      valid = reshape(jnp.where(token < plan.l, 1.0, 0.0))
+      token = plgpu.layout_cast(token, layout) + row
+      valid = reshape(jnp.where(token < remaining, 1.0, 0.0))
       delta = delta * valid
       slope = valid if slope is None else slope * valid
     if "slope_staged" in refs:

@@ -20,7 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan import mosaic_gpu_backward_plan
+from pallas_kernels.selective_scan import (
+  mosaic_gpu_backward_plan,
+  mosaic_gpu_walk,
+)
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
 Refs = Mapping[str, Any]
@@ -90,11 +93,11 @@ def scan(
 
   def body(*refs, **scratch):
     refs = {**dict(zip(names, refs, strict=True)), **scratch}
-    _Block(refs, plan).run()
+    plan.run(lambda plan: _Block(refs, plan).run())
 
   results = common.kernel(
     body,
-    name="selective_scan_backward",
+    name=plan.name + "_backward",
     out_type=list(out_type.values()),
     scratch_types=_scratch_types(arrays, plan),
     grid={"block": plan.blocks},
@@ -108,7 +111,7 @@ def _blocked(
   inputs: mosaic_gpu_backward_plan.Inputs, plan: Plan
 ) -> dict[str, jax.Array]:
   """The given inputs as the kernel indexes them; see `mosaic_gpu_backward`."""
-  b, l, g, e = plan.b, plan.l, plan.g, plan.e
+  b, g, e = plan.b, plan.g, plan.e
   pad_e = plan.channel_blocks * plan.channels - e
   # One array, because copies have at least 128 bytes.
   arrays = {"rows": jnp.stack([inputs.B, inputs.C], axis=2)}
@@ -116,7 +119,7 @@ def _blocked(
     if x is None or name in ("B", "C"):
       continue
     if name in ("u", "delta", "z", "dy"):
-      x = x.reshape(b, l, g, e)
+      x = x.reshape(plan.sequence_shape(name))
     elif name == "checkpoints":
       x = x.reshape(b, -1, g, e)
     else:
@@ -137,8 +140,9 @@ def _out_type(
   for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "dstate"):
     dtype = jnp.float32
     if name in ("u", "delta", "z"):
-      shape = (b, plan.l, g, plan.e)
-      dtype = arrays[name].dtype if name in arrays else dtype
+      shape = plan.sequence_shape("d" + name)
+      if name in arrays:
+        dtype = plan.sequence_dtype("d" + name, arrays[name].dtype)
     elif name in ("B", "C"):
       shape = (b, g * blocks, arrays["rows"].shape[-1])
     else:
@@ -152,13 +156,13 @@ def _unblocked(
   results: dict[str, jax.Array], plan: Plan
 ) -> mosaic_gpu_backward_plan.Outputs:
   """The results with the shapes of `Outputs`."""
-  b, l, g, e = plan.b, plan.l, plan.g, plan.e
+  b, g, e = plan.b, plan.g, plan.e
   d = g * e
   fields = mosaic_gpu_backward_plan.Outputs._fields
   out: dict[str, Any] = dict.fromkeys(fields)
   for name, x in results.items():
     if name in ("u", "delta", "z"):
-      x = x.reshape(b, l, d)
+      x = x.reshape(b, -1, d)
     elif name in ("B", "C"):
       x = x.reshape(b, g, plan.channel_blocks, -1).sum(2)
     elif name == "dstate":
@@ -178,6 +182,7 @@ def _scratch_types(arrays: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     shape, dtype = (tile, plan.channels), arrays[name].dtype
     scratch[name + "_smem"] = plgpu.SMEM((2, *shape), dtype)
     if name != "dy":
+      dtype = plan.sequence_dtype("d" + name, dtype)
       scratch[name + "_out_smem"] = plgpu.SMEM(shape, dtype)
   scratch["rows_smem"] = plgpu.SMEM((2, 2, tile), jnp.float32)
   scratch["rows_out_smem"] = plgpu.SMEM((2 * tile,), jnp.float32)
@@ -281,30 +286,43 @@ class _Block:
     ahead = i if self.plan.reverse else self.place.tiles - 1 - i
     return self.place.first_tile + ahead
 
+  def _stored_tile(self, i):
+    """Its place among all that are stored."""
+    return self.plan.stored_tile(
+      self._tile_of(i), self.plan.tile, self.place.group
+    )
+
+  def _windows(self, name, i):
+    return self.plan.windows(
+      self.refs[name],
+      self._tile_of(i),
+      self.plan.tile,
+      row=self.place.row,
+      group=self.place.group,
+      channels=self.channels,
+    )
+
   def fetch(self, i) -> None:
     refs, plan, place = self.refs, self.plan, self.place
-    tile, slot = self._tile_of(i), lax.rem(i, jnp.int32(2))
-    tokens = pl.ds(tile * plan.tile, plan.tile)
+    slot, stored = lax.rem(i, jnp.int32(2)), self._stored_tile(i)
+    tokens = pl.ds(stored * plan.tile, plan.tile)
     count = plan.tile // plan.checkpoint_tile
-    sources = {
-      name: refs[name].at[place.row, tokens, place.group, self.channels]
-      for name in _sequences(refs)
-    }
-    sources["rows"] = refs["rows"].at[place.row, place.group, :, tokens]
-    sources["checkpoints"] = refs["checkpoints"].at[
-      place.row, pl.ds(tile * count, count), place.group, self.channels
+    sources = {name: self._windows(name, i) for name in _sequences(refs)}
+    rows = refs["rows"].at[place.row, place.group, :, tokens]
+    checkpoints = refs["checkpoints"].at[
+      place.row, pl.ds(stored * count, count), place.group, self.channels
     ]
+    sources |= {"rows": [(None, rows)], "checkpoints": [(None, checkpoints)]}
     for name, source in sources.items():
       target = refs[name + "_smem"].at[slot]
-      plgpu.copy_gmem_to_smem(source, target, refs["arrived"].at[slot])
+      mosaic_gpu_walk.copy_in(source, target, refs["arrived"].at[slot])
 
   def _write(self, i) -> None:
     refs, plan, place = self.refs, self.plan, self.place
-    tokens = pl.ds(self._tile_of(i) * plan.tile, plan.tile)
+    tokens = pl.ds(self._stored_tile(i) * plan.tile, plan.tile)
     for name in self._results():
-      target = refs[name + "_out"]
-      target = target.at[place.row, tokens, place.group, self.channels]
-      plgpu.copy_smem_to_gmem(refs[name + "_out_smem"], target)
+      windows = self._windows(name + "_out", i)
+      mosaic_gpu_walk.copy_out(refs[name + "_out_smem"], windows)
     row = place.group * plan.channel_blocks + place.block
     for j, name in enumerate("BC"):
       source = refs["rows_out_smem"].at[pl.ds(j * plan.tile, plan.tile)]
@@ -315,9 +333,9 @@ class _Block:
     return [name for name in ("u", "delta", "z") if name in self.refs]
 
   def tile(self, i, carry: _Carry) -> _Carry:
-    refs, plan = self.refs, self.plan
+    refs, plan, place = self.refs, self.plan, self.place
     slot = lax.rem(i, jnp.int32(2))
-    first_token = self._tile_of(i) * plan.tile
+    remaining = plan.remaining(self._tile_of(i), plan.tile, place.group)
     plgpu.barrier_wait(refs["arrived"].at[slot])
     # The results of the tile before have left, so that they can be replaced.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -325,12 +343,12 @@ class _Block:
 
     def part(j, carry):
       index = j if plan.reverse else count - 1 - j
-      return self._part(index, slot, first_token, carry)
+      return self._part(index, slot, remaining, carry)
 
     carry = lax.fori_loop(jnp.int32(0), jnp.int32(count), part, carry)
     plgpu.commit_smem()
 
-    @pl.when(i + 2 < self.place.tiles)
+    @pl.when(i + 2 < place.tiles)
     def _():
       self.fetch(i + 2)
 
@@ -344,7 +362,7 @@ class _Block:
     self._write(i)
     return carry
 
-  def _part(self, index, slot, first_token, carry: _Carry) -> _Carry:
+  def _part(self, index, slot, remaining, carry: _Carry) -> _Carry:
     """The tokens between two checkpoints."""
     size = self.plan.checkpoint_tile
     rows = [index * size + step for step in range(size)]
@@ -353,13 +371,13 @@ class _Block:
     h = self._load(self.refs["checkpoints_smem"].at[slot, index])
     tokens = []
     for row in rows:
-      h, token = self._recompute(row, slot, first_token, h)
+      h, token = self._recompute(row, slot, remaining, h)
       tokens.append(token)
     for row, token in zip(reversed(rows), reversed(tokens), strict=True):
       carry = self._differentiate(row, slot, token, carry)
     return carry
 
-  def _recompute(self, row, slot, first_token, h):
+  def _recompute(self, row, slot, remaining, h):
     """One step of the scan; dC, and dz, which take the state."""
     refs, plan = self.refs, self.plan
 
@@ -372,9 +390,9 @@ class _Block:
       delta = delta + self.delta_bias
     if plan.softplus:
       delta, slope = common.softplus_and_sigmoid(delta)
-    if plan.l % plan.tile:
+    if plan.is_ragged(plan.tile):
       # A token beyond the last leaves the state as it is, and has no gradient.
-      valid = jnp.where(first_token + row < plan.l, 1.0, 0.0)
+      valid = jnp.where(row < remaining, 1.0, 0.0)
       delta = delta * valid
       if self.delta_bias is not None:
         slope = (1.0 if slope is None else slope) * _spread(valid, delta)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
+from pallas_kernels.selective_scan import mosaic_gpu_walk
 
 
 class Inputs(NamedTuple):
@@ -80,29 +81,17 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
+class Sizes(mosaic_gpu_walk.Walk):
   """A backward scan, up to the arrays and the channels of a block.
 
   Attributes:
-    b: Batch size.
-    l: Tokens.
-    g: Groups of channels.
-    e: Channels of a group.
     tile: Tokens of a tile.
     tiles_per_chunk: Tiles that a block walks; the chunks of a sequence are
       walked in parallel.
-    softplus: Whether delta went through softplus.
-    reverse: Whether the scan went from the last token to the first.
   """
 
-  b: int
-  l: int
-  g: int
-  e: int
   tile: int
   tiles_per_chunk: int
-  softplus: bool
-  reverse: bool
 
   @property
   def channels(self) -> int:
@@ -119,7 +108,7 @@ class Sizes:
 
   @property
   def tiles(self) -> int:
-    return common.cdiv(self.l, self.tile)
+    return self.tile_count(self.tile)
 
   @property
   def chunks(self) -> int:
@@ -132,11 +121,10 @@ class Sizes:
     )
     index, group = common.split_index(index, self.g)
     row, chunk = common.split_index(index, self.chunks)
-    first = chunk * self.tiles_per_chunk
-    tiles = jnp.int32(self.tiles)
-    if self.chunks > 1:
-      tiles = jnp.minimum(tiles - first, self.tiles_per_chunk)
-    return Place(row, group, block, chunk, first, tiles)
+    first, tiles = self.chunk_tiles(
+      self.tile, self.tiles_per_chunk, group, chunk
+    )
+    return Place(row, group, block, chunk, first, jnp.int32(tiles))
 
   def pass_chunks(self, place: Place, g: Any, load: Any, add: Any) -> Any:
     """The gradient after a chunk, from `g` after the last token.

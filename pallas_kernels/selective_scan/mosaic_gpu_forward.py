@@ -14,6 +14,7 @@ b batch, l length, d channels, n state size, g groups, e = d // g channels of a
 group, k chunks.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -42,11 +43,11 @@ def scan(
 
   def body(*refs, **scratch):
     refs = {**dict(zip(names, refs, strict=True)), **scratch}
-    mosaic_gpu_forward_block.run(refs, plan)
+    plan.run(functools.partial(mosaic_gpu_forward_block.run, refs))
 
   results = common.kernel(
     body,
-    name="selective_scan_states" if plan.states_only else "selective_scan",
+    name=plan.name + "_states" if plan.states_only else plan.name,
     out_type=list(out_type.values()),
     scratch_types=mosaic_gpu_forward_block.scratch_types(
       arrays, out_type, plan
@@ -64,7 +65,7 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
   Sequences become (b, l, g, e), states (b * k, g, e, n): views. What has one
   entry per channel is padded to whole blocks: it is read without TMA.
   """
-  b, l, g, e = plan.b, plan.l, plan.g, plan.e
+  b, g, e = plan.b, plan.g, plan.e
   padding = plan.channel_blocks * plan.cell.lanes - e
 
   def by_channel(x):
@@ -76,7 +77,7 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
     if x is None:
       continue
     if name in ("u", "delta", "z"):
-      arrays[name] = x.reshape(b, l, g, e)
+      arrays[name] = x.reshape(plan.sequence_shape(name))
     elif name in ("B", "C"):
       arrays[name] = x
     elif name == "state":
@@ -94,7 +95,9 @@ def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   n = plan.cell.state_shape()[1:]
   out = {}
   if not plan.states_only:
-    out["y"] = jax.ShapeDtypeStruct((b, plan.l, g, e), inputs.u.dtype)
+    out["y"] = jax.ShapeDtypeStruct(
+      plan.sequence_shape("y"), plan.sequence_dtype("y", inputs.u.dtype)
+    )
   if plan.final_state:
     out["state"] = jax.ShapeDtypeStruct((b * plan.chunks, g, e, *n), "float32")
   if plan.states_only:
@@ -111,7 +114,7 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
   out: dict[str, Any] = dict.fromkeys(Outputs._fields)
   for name, x in results.items():
     if name == "y":
-      out[name] = x.reshape(plan.b, plan.l, d)
+      out[name] = x.reshape(plan.b, -1, d)
     else:
       n = plan.cell.state_shape()[1:] if name != "delta_sum" else ()
       out[name] = x.reshape(plan.b, -1, d, *n)

@@ -11,7 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
-from pallas_kernels.selective_scan import mosaic_gpu_forward_plan
+from pallas_kernels.selective_scan import (
+  mosaic_gpu_forward_plan,
+  mosaic_gpu_walk,
+)
 
 Plan = mosaic_gpu_forward_plan.Plan
 Cell = mosaic_gpu_forward_plan.Cell
@@ -75,15 +78,27 @@ def run(refs: Refs, plan: Plan) -> None:
   def tile_of(i):  # The i-th tile in scan order.
     return place.first_tile + (place.tiles - 1 - i if plan.reverse else i)
 
+  def windows(name, tile):
+    return plan.windows(
+      refs[name],
+      tile,
+      config.tile,
+      row=place.row,
+      group=place.group,
+      channels=place.channels,
+    )
+
   def fetch(i, slot):
-    tokens = pl.ds(tile_of(i) * config.tile, config.tile)
+    tile, barrier = tile_of(i), refs["arrived"].at[slot]
+    first = plan.stored_tile(tile, config.tile, place.group) * config.tile
     for name in streamed:
-      if name in ("B", "C"):
-        source = refs[name].at[place.row, place.group, tokens]
-      else:
-        source = refs[name].at[place.row, tokens, place.group, place.channels]
       target = refs[name + "_smem"].at[slot]
-      plgpu.copy_gmem_to_smem(source, target, refs["arrived"].at[slot])
+      if name in ("B", "C"):
+        tokens = pl.ds(first, target.shape[0])
+        source = refs[name].at[place.row, place.group, tokens]
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+      else:
+        mosaic_gpu_walk.copy_in(windows(name, tile), target, barrier)
 
   for slot in range(min(config.buffers, plan.tiles_per_chunk)):
     pl.when(slot < place.tiles)(functools.partial(fetch, jnp.int32(slot), slot))
@@ -117,22 +132,21 @@ def run(refs: Refs, plan: Plan) -> None:
     if plan.checkpoint_tile:
       here["checkpoints"] = refs["state_smem"]
     h, delta_sum = _scan_tile(
-      here, constants, plan, _tokens_in(plan, tile), (h, delta_sum)
+      here, constants, plan, _tokens_in(plan, tile, place), (h, delta_sum)
     )
     # Orders what was written here before the copies below, and everyone's
     # reads of this slot before the next fetch into it.
     plgpu.commit_smem()
     if plan.checkpoint_tile:
       count = plan.checkpoints_per_tile
+      first = plan.stored_tile(tile, config.tile, place.group) * count
       _write_state(
         refs["state_smem"],
-        refs["checkpoints_out"].at[place.row, pl.ds(tile * count, count)],
+        refs["checkpoints_out"].at[place.row, pl.ds(first, count)],
         place,
       )
     if "y_out" in refs:
-      tokens = pl.ds(tile * config.tile, config.tile)
-      target = refs["y_out"].at[place.row, tokens, place.group, place.channels]
-      plgpu.copy_smem_to_gmem(here["y"], target)
+      mosaic_gpu_walk.copy_out(here["y"], windows("y_out", tile))
 
     @pl.when(i + config.buffers < place.tiles)
     def _():
@@ -227,11 +241,12 @@ def _load_constants(refs: Refs, cell: Cell, place: Place) -> _Constants:
   return _Constants(A, load("D"), load("delta_bias"))
 
 
-def _tokens_in(plan: Plan, tile: Any) -> Any:
+def _tokens_in(plan: Plan, tile: Any, place: Place) -> Any:
   """Tokens of a tile that exist."""
-  if plan.l % plan.config.tile == 0:
-    return plan.config.tile
-  return jnp.minimum(plan.l - tile * plan.config.tile, plan.config.tile)
+  size = plan.config.tile
+  if not plan.is_ragged(size):
+    return size
+  return jnp.minimum(plan.remaining(tile, size, place.group), size)
 
 
 def _scan_tile(here: Refs, constants: _Constants, plan: Plan, count, carry):
@@ -271,7 +286,7 @@ def _scan_tokens(here, constants, plan, first, count, carry):
     return _loop(count // unroll, several(unroll, 0), carry)
   whole = lax.div(count, jnp.int32(unroll))
   carry = _loop(whole, several(unroll, 0), carry)
-  if plan.l % unroll:
+  if plan.is_ragged(unroll):
     rest = count - whole * unroll
     carry = _loop(rest, several(1, whole * unroll), carry)
   return carry

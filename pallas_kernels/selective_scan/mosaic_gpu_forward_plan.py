@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
-from pallas_kernels.selective_scan import tuning
+from pallas_kernels.selective_scan import mosaic_gpu_walk, tuning
 
 
 class Inputs(NamedTuple):
@@ -198,18 +198,12 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(mosaic_gpu_walk.Walk):
   """A forward scan, up to the arrays.
 
   Attributes:
-    b: Batch size.
-    l: Tokens.
-    g: Groups of channels.
-    e: Channels of a group.
     config: Tile sizes; `config.chunks` is the number of chunks.
     cell: How lanes hold states.
-    softplus: Whether delta goes through softplus.
-    reverse: Whether the scan goes from the last token to the first.
     checkpoint_tile: Tokens of a checkpoint tile, a divisor of `config.tile`; 0
       for no checkpoints.
     states_only: Whether to write `state` and `delta_sum` and nothing else.
@@ -219,14 +213,8 @@ class Plan:
     final_state: Whether to write `state`.
   """
 
-  b: int
-  l: int
-  g: int
-  e: int
   config: tuning.Config
   cell: Cell
-  softplus: bool
-  reverse: bool
   checkpoint_tile: int = 0
   states_only: bool = False
   adjoint: bool = False
@@ -234,7 +222,7 @@ class Plan:
 
   @property
   def tiles(self) -> int:
-    return common.cdiv(self.l, self.config.tile)
+    return self.tile_count(self.config.tile)
 
   @property
   def tiles_per_chunk(self) -> int:
@@ -262,9 +250,8 @@ class Plan:
     )
     index, group = common.split_index(index, self.g)
     row, chunk = common.split_index(index, self.chunks)
-    first = chunk * self.tiles_per_chunk
-    tiles: Any = self.tiles
-    if self.chunks > 1:
-      tiles = jnp.minimum(tiles - first, self.tiles_per_chunk)
+    first, tiles = self.chunk_tiles(
+      self.config.tile, self.tiles_per_chunk, group, chunk
+    )
     channels = pl.ds(block * self.cell.lanes, self.cell.lanes)
     return Place(row, chunk, group, channels, first, tiles)
