@@ -193,6 +193,14 @@ class SelectiveScanSuite:
       assert gradient.shape == arrays[name].shape
       assert gradient.dtype == arrays[name].dtype
 
+  def test_the_same_call_gives_the_same_bits(self):
+    case = CASES["no_softplus"]
+    arrays = make_arrays(case)
+    first, second = (
+      jitted_run(self.IMPLEMENTATION, case.options, arrays) for _ in range(2)
+    )
+    chex.assert_trees_all_equal(first, second)
+
   def test_vmap_over_any_arguments(self):
     """Each mapped alone and all together, gradients included."""
     size = 2
