@@ -339,13 +339,17 @@ class _Block:
     plgpu.barrier_wait(refs["arrived"].at[slot])
     # The results of the tile before have left, so that they can be replaced.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    count = plan.tile // plan.checkpoint_tile
+    count = jnp.int32(plan.tile // plan.checkpoint_tile)
+    if plan.is_ragged(plan.tile):
+      # Only where there are tokens: other checkpoints may be anything.
+      size = jnp.int32(plan.checkpoint_tile)
+      count = jnp.minimum(count, lax.div(remaining + (size - 1), size))
 
     def part(j, carry):
       index = j if plan.reverse else count - 1 - j
       return self._part(index, slot, remaining, carry)
 
-    carry = lax.fori_loop(jnp.int32(0), jnp.int32(count), part, carry)
+    carry = lax.fori_loop(jnp.int32(0), count, part, carry)
     plgpu.commit_smem()
 
     @pl.when(i + 2 < place.tiles)
@@ -390,7 +394,7 @@ class _Block:
       delta = delta + self.delta_bias
     if plan.softplus:
       delta, slope = common.softplus_and_sigmoid(delta)
-    if plan.is_ragged(plan.tile):
+    if plan.is_ragged(plan.checkpoint_tile):
       # A token beyond the last leaves the state as it is, and has no gradient.
       valid = jnp.where(row < remaining, 1.0, 0.0)
       delta = delta * valid

@@ -7,10 +7,14 @@ u, delta and y bounds this scan.
 """
 
 import dataclasses
+from typing import Final
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
+
+# A copy of B or C has at least 128 bytes.
+_LEAST_TOKENS: Final = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class ScalarCell:
     return cls(wide if pays else common.LANES)
 
   def row_shape(self, tokens):
-    return (tokens,)
+    return (max(tokens, _LEAST_TOKENS),)
 
   def state_shape(self):
     return (self.lanes,)
