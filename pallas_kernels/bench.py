@@ -1,271 +1,206 @@
-"""Times the implementations of an operation against a fixed baseline.
+"""Times the operations, tunes their kernels, and reads their machine code.
 
-  python -m pallas_kernels.bench [selective_scan] [--filter vim] [--rounds 30]
-    [--json results.json]
+  python -m pallas_kernels.bench [--filter vim] [--rounds 30] [--json out.json]
+    The implementations of the selective scan against a fixed baseline.
+  python -m pallas_kernels.bench --compiled [OP] [--filter vim] [--json ...]
+    Registers, spills, shared memory and instructions of the GPU kernels.
+    Needs no GPU, but the wheels of jax[cuda13].
+  python -m pallas_kernels.bench --tune [--filter vim]
+    On a GPU: finds the best settings of the kernels, and keeps them.
+  python -m pallas_kernels.bench --suite gpu [--json results.json]
+    On a GPU: correctness, then timings, in under eight minutes.
 
-All implementations of a call are timed in turn, round by round, so that a
-disturbance of the machine hits them alike; the table has medians and
-quartiles. Memory is what the compiler reserves beside arguments and results.
+It exits with 1 if a check failed, with 2 for a wrong command line and with 69
+if this machine lacks what was asked for.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
-import datetime
-import functools
+import importlib.metadata
 import json
 import pathlib
-import platform
-import time
+import sys
 from typing import Any, Final
 
-import jax
-import jax.extend
-import jax.numpy as jnp
-import jaxlib
-import numpy as np
+from pallas_kernels import (
+  bench_compare,
+  bench_compiled,
+  bench_ops,
+  bench_tune,
+  gpu_suite,
+)
 
-from pallas_kernels.selective_scan import api, arg_specs
+FAILED: Final = 1
+UNAVAILABLE: Final = 69  # EX_UNAVAILABLE of sysexits.h.
 
-BASELINE: Final = "baseline"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gate:
-  """What an implementation must reach on CPU, forward plus backward.
-
-  Attributes:
-    implementation: Name of the implementation.
-    speedup: At least this many times as fast as the baseline.
-    memory: At most one part in this many of the baseline's temporary memory.
-  """
-
-  implementation: str
-  speedup: float
-  memory: float
+# What a compiled kernel depends on, beside JAX.
+_COMPILER_PACKAGES: Final = (
+  "jax-cuda13-plugin",
+  "nvidia-cuda-nvcc",
+  "nvidia-nvvm",
+  "nvidia-cuda-nvdisasm",
+)
 
 
-GATES: Final = {
-  "vim_tiny_224": Gate(implementation="xla_sequential", speedup=7, memory=50),
-  "vmamba_tiny_stage1": Gate(
-    implementation="xla_sequential", speedup=4, memory=8
-  ),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-  """One line of the table.
-
-  Attributes:
-    spec: Name of the call.
-    implementation: Name of the implementation, or "baseline".
-    direction: "forward" or "forward+backward".
-    median_ms: Median time of a call.
-    quartiles_ms: First and third quartile.
-    temp_mib: Temporary memory.
-    speedup: Baseline's median time over this one's.
-    memory_ratio: Baseline's temporary memory over this one's.
-  """
-
-  spec: str
-  implementation: str
-  direction: str
-  median_ms: float
-  quartiles_ms: tuple[float, float]
-  temp_mib: float
-  speedup: float
-  memory_ratio: float
-
-
-def baseline_selective_scan(u, delta, A, B, C, D, *, delta_bias, z=None):
-  """What one would write first: one associative scan over the whole length.
-
-  Kept as it is, whatever becomes of the implementations, so that numbers of
-  different versions can be compared. Softplus is always applied.
-  """
-  d = u.shape[2]
-  g = B.shape[2]
-  delta = jax.nn.softplus(delta + delta_bias)
-  B, C = (jnp.repeat(x, d // g, axis=2) for x in (B, C))  # (b, l, d, n)
-  decay = jnp.exp(delta[..., None] * A)
-  inputs = (delta * u)[..., None] * B
-  compose = lambda x, y: (y[0] * x[0], y[0] * x[1] + y[1])
-  _, states = jax.lax.associative_scan(compose, (decay, inputs), axis=1)
-  y = (states * C).sum(-1) + D * u
-  return y if z is None else y * jax.nn.silu(z)
-
-
-def _functions(names: Sequence[str]) -> dict[str, Callable[..., jax.Array]]:
-  """The baseline and the named implementations, of the same signature."""
-  functions = {BASELINE: baseline_selective_scan}
-  for name in names:
-    functions[name] = functools.partial(
-      api.selective_scan, delta_softplus=True, implementation=name
-    )
-  return functions
-
-
-def _compile(
-  function: Callable[..., jax.Array], arrays: Mapping[str, jax.Array]
-) -> dict[str, tuple[Any, Callable[[], Any]]]:
-  """By direction: the compiled program, and a call of it."""
-
-  def forward(arrays):
-    return function(**arrays)
-
-  def both(arrays, cotangent):
-    y, back = jax.vjp(forward, arrays)
-    return y, back(cotangent)
-
-  cotangent = jnp.cos(arrays["u"])
-  first = jax.jit(forward).lower(arrays).compile()
-  second = jax.jit(both).lower(arrays, cotangent).compile()
-  return {
-    "forward": (first, lambda: first(arrays)),
-    "forward+backward": (second, lambda: second(arrays, cotangent)),
-  }
-
-
-def measure(
-  spec_name: str, spec: arg_specs.ArgSpec, names: Sequence[str], rounds: int
-) -> list[Row]:
-  """Compiles, then times everything `rounds` times in turn."""
-  arrays = arg_specs.make_arguments(spec)
-  programs = {
-    (name, direction): program
-    for name, function in _functions(names).items()
-    for direction, program in _compile(function, arrays).items()
-  }
-  times = {key: [] for key in programs}
-  for turn in range(rounds + 1):
-    for key, (_, call) in programs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(call())
-      if turn > 0:  # The first one warms up.
-        times[key].append(1e3 * (time.perf_counter() - start))
-  temp = {
-    key: compiled.memory_analysis().temp_size_in_bytes / 2**20
-    for key, (compiled, _) in programs.items()
-  }
-  rows = []
-  for name, direction in programs:
-    low, median, high = np.percentile(times[name, direction], (25, 50, 75))
-    base = (BASELINE, direction)
-    rows.append(
-      Row(
-        spec=spec_name,
-        implementation=name,
-        direction=direction,
-        median_ms=float(median),
-        quartiles_ms=(float(low), float(high)),
-        temp_mib=temp[name, direction],
-        speedup=float(np.median(times[base]) / median),
-        memory_ratio=temp[base] / max(temp[name, direction], 2**-20),
-      )
-    )
-  return rows
-
-
-def check_gates(rows: Sequence[Row]) -> list[str]:
-  """One line for each gate that the rows allow to check."""
-  lines = []
-  for row in rows:
-    gate = GATES.get(row.spec)
-    if gate is None or row.direction != "forward+backward":
-      continue
-    if row.implementation != gate.implementation:
-      continue
-    for what, reached, wanted in (
-      ("speed", row.speedup, gate.speedup),
-      ("memory", row.memory_ratio, gate.memory),
-    ):
-      verdict = "PASS" if reached >= wanted else "FAIL"
-      lines.append(
-        f"{verdict} {row.spec} {row.implementation} {what}: "
-        f"{reached:.1f}x better than the baseline, wanted {wanted:g}x"
-      )
-  return lines
-
-
-def environment() -> dict[str, str]:
-  """What the numbers depend on beside the code."""
-  device = jax.extend.backend.get_default_device()
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "device": f"{device.platform} {device.device_kind}",
-    "machine": f"{platform.machine()} {platform.system()}",
-    "jax": jax.__version__,
-    "jaxlib": jaxlib.__version__,
-    "python": platform.python_version(),
-  }
-
-
-def _table(rows: Sequence[Row]) -> str:
-  lines = [
-    f"{'implementation':18}{'direction':18}{'median ms':>10}"
-    f"{'quartiles ms':>20}{'speed':>8}{'temp MiB':>10}{'memory':>9}"
-  ]
-  for row in rows:
-    low, high = row.quartiles_ms
-    lines.append(
-      f"{row.implementation:18}{row.direction:18}{row.median_ms:10.2f}"
-      f"{f'{low:.2f} to {high:.2f}':>20}{row.speedup:7.1f}x"
-      f"{row.temp_mib:10.2f}{row.memory_ratio:8.1f}x"
-    )
-  return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the benchmark that the command line asks for."""
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m pallas_kernels.bench",
-    description=(__doc__ or "").partition("\n")[0],
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    "op", nargs="?", default="selective_scan", choices=["selective_scan"]
+    "op",
+    nargs="?",
+    choices=[*bench_ops.OPS],
+    help="the operation; all that have GPU kernels if left out, or, where "
+    "only the selective scan can be asked for, that",
   )
   parser.add_argument(
     "--filter", default="", help="only calls whose name contains this"
   )
-  parser.add_argument("--rounds", type=int, default=20)
+  mode = parser.add_mutually_exclusive_group()
+  mode.add_argument(
+    "--compiled", action="store_true", help="what the kernels are compiled to"
+  )
+  mode.add_argument("--tune", action="store_true", help="find settings")
+  mode.add_argument("--suite", choices=["gpu"], help="check and time on a GPU")
+  parser.add_argument(
+    "--dtype",
+    choices=bench_compiled.DTYPES,
+    help="with --compiled: only this dtype of the sequences",
+  )
+  parser.add_argument(
+    "--rounds", type=int, default=20, help="how often each call is timed"
+  )
   parser.add_argument(
     "--json", type=pathlib.Path, help="also write the results to this file"
   )
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Does what the command line asks for; returns the exit code."""
+  parser = _parser()
   options = parser.parse_args(argv)
-  specs = {
-    name: spec
-    for name, spec in arg_specs.ARG_SPECS.items()
-    if options.filter in name
-  }
-  if not specs:
-    parser.error(
-      f"no call has {options.filter!r} in its name; there are "
-      f"{', '.join(arg_specs.ARG_SPECS)}"
-    )
   if options.rounds < 1:
     parser.error(f"--rounds must be at least 1, got {options.rounds}")
+  if options.dtype and not options.compiled:
+    parser.error("--dtype goes with --compiled only")
+  several = options.compiled or options.suite
+  if not several and options.op not in (None, "selective_scan"):
+    parser.error(f"{options.op} can be asked for with --compiled or --suite")
+  ops = [bench_ops.OPS[options.op or "selective_scan"]]
+  if several and options.op is None:
+    ops = [
+      op for op in bench_ops.OPS.values() if "mosaic_gpu" in op.implementations
+    ]
+  calls = [
+    (op, name) for op in ops for name in op.specs if options.filter in name
+  ]
+  if not calls:
+    names = ", ".join(name for op in ops for name in op.specs)
+    parser.error(
+      f"no call has {options.filter!r} in its name; there are {names}"
+    )
+  if options.json and not options.json.parent.is_dir():
+    parser.error(f"--json: there is no folder {options.json.parent}")
 
-  facts = environment()
+  if options.compiled:
+    return _compiled(calls, options)
+  if options.tune:
+    return _tune([name for _, name in calls])
+  if options.suite:
+    return _suite(calls, options)
+  return _compare([name for _, name in calls], options)
+
+
+def _compare(names: Sequence[str], options: argparse.Namespace) -> int:
+  facts = bench_compare.environment()
   print("  ".join(f"{key} {value}" for key, value in facts.items()))
-  rows: list[Row] = []
-  for name, spec in specs.items():
-    shape = f"b={spec.b} l={spec.l} d={spec.d} n={spec.n} g={spec.g}"
-    print(f"\n{name}: {shape} ({spec.source})", flush=True)
+  op = bench_ops.OPS["selective_scan"]
+  rows: list[bench_compare.Row] = []
+  for name in names:
+    spec = op.specs[name]
+    print(f"\n{name}: {op.describe(spec)} ({spec.source})", flush=True)
     # The reference is the definition, not a contender.
-    names = ("xla_associative", "xla_sequential")
-    rows += measure(name, spec, names, options.rounds)
-    print(_table([row for row in rows if row.spec == name]), flush=True)
-  verdicts = check_gates(rows) if facts["device"].startswith("cpu") else []
+    contenders = ("xla_associative", "xla_sequential")
+    rows += bench_compare.measure(name, spec, contenders, options.rounds)
+    of_call = [row for row in rows if row.spec == name]
+    print(bench_compare.table(of_call), flush=True)
+  verdicts = []
+  if facts["device"].startswith("cpu"):
+    verdicts = bench_compare.check_gates(rows)
   print("\n" + "\n".join(verdicts) if verdicts else "")
-  if options.json:
-    results = {
-      "environment": facts,
-      "rows": [dataclasses.asdict(row) for row in rows],
-      "gates": verdicts,
-    }
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
+  results = {
+    "environment": facts,
+    "rows": [dataclasses.asdict(row) for row in rows],
+    "gates": verdicts,
+  }
+  _write(options.json, results)
+  return 0
+
+
+def _compiled(
+  calls: Sequence[tuple[bench_ops.Op, str]], options: argparse.Namespace
+) -> int:
+  for op in {op.name: op for op, _ in calls}.values():
+    if reason := bench_compiled.why_not(op):
+      return _unavailable(reason)
+  facts = bench_compare.environment() | {
+    "device": f"compiled for {bench_compiled.DEVICE.device_kind}, run on none"
+  }
+  for package in _COMPILER_PACKAGES:
+    try:
+      facts[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      facts[package] = "not from a wheel"
+  print("  ".join(f"{key} {value}" for key, value in facts.items()))
+  print(bench_compiled.HEADER)
+  rows: list[bench_compiled.Figures] = []
+  for op, name in calls:
+    for dtype in [options.dtype] if options.dtype else bench_compiled.DTYPES:
+      for direction in bench_ops.DIRECTIONS:
+        for row in bench_compiled.figures(op, name, dtype, direction):
+          rows.append(row)
+          print(bench_compiled.line(row), flush=True)
+  for row in rows:
+    for clause in bench_compiled.missed(row):
+      where = f"{row.spec} {row.dtype} {row.direction} {row.kernel}"
+      print(f"MISSED {where}: {clause}")
+  results = {
+    "environment": facts,
+    "rows": [dataclasses.asdict(row) for row in rows],
+  }
+  _write(options.json, results)
+  return 0
+
+
+def _tune(names: Sequence[str]) -> int:
+  if reason := gpu_suite.why_no_gpu():
+    return _unavailable(f"tuning times kernels on a GPU: {reason}")
+  bench_tune.tune(names)
+  return 0
+
+
+def _suite(
+  calls: Sequence[tuple[bench_ops.Op, str]], options: argparse.Namespace
+) -> int:
+  if reason := gpu_suite.why_no_gpu():
+    return _unavailable(f"the GPU suite needs a GPU: {reason}")
+  results = gpu_suite.run(calls, implementation="mosaic_gpu", path=options.json)
+  return 0 if results["passed"] else FAILED
+
+
+def _unavailable(reason: str) -> int:
+  print(f"python -m pallas_kernels.bench: {reason}.", file=sys.stderr)
+  return UNAVAILABLE
+
+
+def _write(path: pathlib.Path | None, results: Any) -> None:
+  if path is not None:
+    path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

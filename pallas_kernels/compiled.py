@@ -11,11 +11,12 @@ and found through the library path of a child process.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable
 import ctypes
 import dataclasses
+import importlib
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -23,17 +24,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import Any, Final
 
 import jax
+from jax.extend.mlir import ir
+
+from pallas_kernels import compiled_sass
 
 _COMPILERS = ("cc", "gcc", "clang")
-
-# Names the loop that a branch closes; a label otherwise.
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);?\s*$")
-_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
-_BRANCH = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
-_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 
 _STUB = r"""
 #include <stdlib.h>
@@ -58,44 +56,63 @@ R cuModuleUnload(void *m) { return 0; }
 R cuFuncSetAttribute(void *f, int a, int v) { return 0; }
 """
 
+# Of a streaming multiprocessor of compute capability 9.0 and 10.x.
+_REGISTERS: Final = 65_536
+_SHARED_MEMORY: Final = 233_472
+_WARPS: Final = 64
+# Each block has this much shared memory taken from it.
+_RESERVED_SHARED_MEMORY: Final = 1024
+_WARP: Final = 32
+_REGISTER_UNIT: Final = 256  # Registers are handed to warps in such units.
 
-@dataclasses.dataclass(frozen=True)
-class Loop:
-  """The instructions of a loop, those of loops inside it included.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+  """How a kernel is started.
 
   Attributes:
-    start: Index of its first instruction in the kernel.
-    opcodes: How often each instruction occurs, without modifiers ("FFMA");
-      of the special function unit with the function ("MUFU.EX2").
+    name: The name that it was given.
+    blocks: Blocks of the grid.
+    threads: Threads of a block.
+    shared_memory: Bytes of shared memory of a block.
+    bytes_accessed: Size of all its arguments and results.
   """
 
-  start: int
-  opcodes: collections.Counter[str]
+  name: str
+  blocks: int
+  threads: int
+  shared_memory: int
+  bytes_accessed: int
 
-  @property
-  def instructions(self) -> int:
-    return self.opcodes.total()
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
   """A compiled kernel.
 
   Attributes:
-    name: The name that it was given.
+    launch: How it is started.
     registers: Registers of a thread.
     spill_bytes: Bytes that a thread spills, stores and loads together.
-    shared_memory: Bytes of shared memory of a block.
-    opcodes: How often each instruction occurs, as in `Loop`.
+    opcodes: How often each instruction occurs, as in `compiled_sass.Loop`.
     loops: Its loops, innermost ones included.
   """
 
-  name: str
+  launch: Launch
   registers: int
   spill_bytes: int
-  shared_memory: int
   opcodes: collections.Counter[str]
-  loops: tuple[Loop, ...]
+  loops: tuple[compiled_sass.Loop, ...]
+
+  @property
+  def blocks_per_multiprocessor(self) -> int:
+    """How many blocks fit on a streaming multiprocessor at a time."""
+    warps = -(-self.launch.threads // _WARP)
+    unit = _REGISTER_UNIT
+    registers = -(-self.registers * _WARP // unit) * unit * warps
+    shared_memory = self.launch.shared_memory + _RESERVED_SHARED_MEMORY
+    return min(
+      _REGISTERS // registers, _SHARED_MEMORY // shared_memory, _WARPS // warps
+    )
 
 
 def missing() -> str | None:
@@ -126,13 +143,14 @@ def kernels(
   """
   if wanted := missing():
     raise RuntimeError(f"Compiling needs more to be installed: {wanted}.")
-  with tempfile.TemporaryDirectory() as folder:
-    with _dumping_to(folder):
-      modules = lowered_modules(function, *args)
-    for i, module in enumerate(modules):
-      pathlib.Path(folder, f"{i:03}.module").write_bytes(module)
+  lowered = lowered_kernels(function, *args)
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    for i, (_, module) in enumerate(lowered):
+      (folder / str(i)).mkdir()
+      (folder / str(i) / "module").write_bytes(module)
     result = subprocess.run(
-      [sys.executable, "-m", __name__, folder],
+      [sys.executable, "-m", __name__, name],
       env=_environment(folder, capability),
       capture_output=True,
       text=True,
@@ -140,35 +158,65 @@ def kernels(
     )
     if result.returncode:
       raise RuntimeError(f"The compiler failed:\n{result.stderr[-4000:]}")
-    # Lowering and compiling number their dumps apart, both in order.
-    reports = zip(
-      _by_age(folder, "*.sass_ctrl"),
-      _by_age(folder, "*.resources.txt"),
-      strict=True,
-    )
-    return [_read(*files) for files in reports]
+    return [
+      _read(launch, folder / str(i)) for i, (launch, _) in enumerate(lowered)
+    ]
 
 
-def lowered_modules(function: Callable[..., Any], *args: Any) -> list[bytes]:
-  """The Mosaic GPU modules of a function lowered for CUDA, in order."""
+def lowered_kernels(
+  function: Callable[..., Any], *args: Any
+) -> list[tuple[Launch, bytes]]:
+  """The Mosaic GPU kernels of a function lowered for CUDA, in order.
+
+  Returns:
+    For each how it is started, and its module.
+  """
   lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
   module: Any = lowered.compiler_ir()
   found = []
-
-  def visit(operation):
-    if operation.name == "stablehlo.custom_call":
-      attributes = operation.attributes
+  with module.context as context:
+    context.allow_unregistered_dialects = True  # Mosaic's stable form.
+    for call in _operations(module.operation, "stablehlo.custom_call"):
+      attributes = call.attributes
       if "mosaic_gpu" in attributes["call_target_name"].value:
         config = attributes["mhlo.backend_config"]
-        found.append(config["module"].value_bytes)
-    for region in operation.regions:
-      for block in region.blocks:
-        for child in block.operations:
-          visit(child.operation)
-
-  with module.context:
-    visit(module.operation)
+        code = config["module"].value_bytes
+        arrays = (*call.operands, *call.results)
+        found.append((_launch(code, sum(map(_size, arrays))), code))
   return found
+
+
+def _launch(code: bytes, bytes_accessed: int) -> Launch:
+  """How a module starts its one kernel."""
+  module: Any = ir.Module.parse(code)
+  (launch,) = _operations(module.operation, "stable_mosaic_gpu.gpu.launch")
+  # After a token: the grid's three sizes, the block's, and shared memory.
+  numbers = [
+    x.owner.attributes["value"].value for x in list(launch.operands)[1:8]
+  ]
+  return Launch(
+    name=module.operation.attributes["sym_name"].value,
+    blocks=math.prod(numbers[:3]),
+    threads=math.prod(numbers[3:6]),
+    shared_memory=numbers[6],
+    bytes_accessed=bytes_accessed,
+  )
+
+
+def _operations(operation: Any, name: str) -> list[Any]:
+  """The operations of this name inside an operation."""
+  found = [operation] if operation.name == name else []
+  for region in operation.regions:
+    for block in region.blocks:
+      for child in block.operations:
+        found += _operations(child.operation, name)
+  return found
+
+
+def _size(value: Any) -> int:
+  """Bytes of an array in a lowered program."""
+  kind: Any = ir.RankedTensorType(value.type)
+  return math.prod(kind.shape) * kind.element_type.width // 8
 
 
 def _is_installed(module: str) -> bool:
@@ -203,20 +251,22 @@ def _has_driver() -> bool:
   return True
 
 
-def _environment(folder: str, capability: tuple[int, int]) -> dict[str, str]:
+def _environment(
+  folder: pathlib.Path, capability: tuple[int, int]
+) -> dict[str, str]:
   """The environment of the child process that compiles."""
   env = dict(os.environ)
   if not _has_driver():
-    source = pathlib.Path(folder, "stub.c")
+    source = folder / "stub.c"
     source.write_text(_STUB)
     compiler = next(filter(None, map(shutil.which, _COMPILERS)))
-    library = pathlib.Path(folder, "libcuda.so.1")
+    library = folder / "libcuda.so.1"
     subprocess.run(
       [compiler, "-shared", "-fPIC", "-o", str(library), str(source)],
       check=True,
     )
     env["LD_LIBRARY_PATH"] = os.pathsep.join(
-      filter(None, [folder, env.get("LD_LIBRARY_PATH")])
+      filter(None, [str(folder), env.get("LD_LIBRARY_PATH")])
     )
   root = _cuda_root()
   if root is not None:
@@ -224,98 +274,38 @@ def _environment(folder: str, capability: tuple[int, int]) -> dict[str, str]:
     env["MOSAIC_GPU_CUDA_ROOT"] = str(root)
   major, minor = capability
   env["STUB_CAPABILITY"] = str(10 * major + minor)
-  env.update(_dump_options(folder))
+  env.update({f"MOSAIC_GPU_DUMP_{x}": "1" for x in ("PTXAS", "SASS_CTRL")})
   env["JAX_PLATFORMS"] = "cpu"
   env["PYTHONPATH"] = os.pathsep.join(sys.path)
   return env
 
 
-def _dump_options(folder: str) -> dict[str, str]:
-  """Settings that make the compiler leave its reports in a folder."""
-  kinds = ("PTXAS", "SASS_CTRL", "RESOURCES")
-  return {
-    "MOSAIC_GPU_DUMP_TO": folder,
-    **{f"MOSAIC_GPU_DUMP_{kind}": "1" for kind in kinds},
-  }
-
-
-@contextlib.contextmanager
-def _dumping_to(folder: str) -> Iterator[None]:
-  """Lowering, too, reads those settings from the environment."""
-  before = {name: os.environ.get(name) for name in _dump_options(folder)}
-  os.environ.update(_dump_options(folder))
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      if value is None:
-        del os.environ[name]
-      else:
-        os.environ[name] = value
-
-
 def _compile_all(folder: pathlib.Path) -> None:
-  """Compiles each module in a folder, in order; the dumps go there, too."""
-  import jax_plugins.xla_cuda13 as plugin
-
+  """Compiles the module in each folder inside this one; it gets the dumps."""
+  plugin = importlib.import_module("jax_plugins.xla_cuda13")
   library = ctypes.CDLL(str(plugin._get_library_path()))
   compile_module = library.MosaicGpuCompile
   compile_module.argtypes = [ctypes.c_char_p, ctypes.c_int]
   compile_module.restype = ctypes.c_void_p
-  for path in sorted(folder.glob("*.module")):
+  for path in sorted(folder.glob("*/module")):
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(path.parent)
     module = path.read_bytes()
     if not compile_module(module, len(module)):
-      raise RuntimeError(f"MosaicGpuCompile failed for kernel {path.stem}.")
+      raise RuntimeError(f"MosaicGpuCompile failed for {path.parent.name}.")
 
 
-def _by_age(folder: str, pattern: str) -> list[pathlib.Path]:
-  files = pathlib.Path(folder).glob(pattern)
-  return sorted(files, key=lambda file: file.stat().st_mtime_ns)
-
-
-def _read(sass: pathlib.Path, resources: pathlib.Path) -> Kernel:
-  """The kernel with this disassembly and these resources."""
+def _read(launch: Launch, folder: pathlib.Path) -> Kernel:
+  """The kernel whose dumps are in a folder."""
+  (sass,) = folder.glob("*.sass_ctrl")
   report = sass.with_suffix(".ptxas").read_text(errors="replace")
-  shared = resources.read_text()
-  opcodes, loops = _parse(sass.read_text(errors="replace").splitlines())
+  opcodes, loops = compiled_sass.parse(sass.read_text(errors="replace"))
   return Kernel(
-    name=re.sub(r"_\d+$", "", sass.stem),
+    launch=launch,
     registers=max(map(int, re.findall(r"[Uu]sed (\d+) registers", report))),
     spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-    shared_memory=sum(
-      map(int, re.findall(r"smem_scratch_bytes=(\d+)", shared))
-    ),
     opcodes=opcodes,
     loops=loops,
   )
-
-
-def _parse(
-  lines: Sequence[str],
-) -> tuple[collections.Counter[str], tuple[Loop, ...]]:
-  """The instructions and the loops of a disassembly."""
-  instructions, labels = [], {}
-  for line in lines:
-    if match := _INSTRUCTION.search(line):
-      instructions.append(match.group(2))
-    elif match := _LABEL.match(line):
-      labels[match.group(1)] = len(instructions)
-  opcodes = [_opcode(text) for text in instructions]
-  loops = []
-  for end, text in enumerate(instructions):
-    match = _BRANCH.search(text)
-    start = labels.get(match.group(1), end) if match else end
-    body = opcodes[start : end + 1]
-    # Code after the end of the kernel, for barriers that have to wait, jumps
-    # back too; and a kernel ends by jumping to itself.
-    if start < end and "EXIT" not in body:
-      loops.append(Loop(start, collections.Counter(body)))
-  return collections.Counter(opcodes), tuple(loops)
-
-
-def _opcode(text: str) -> str:
-  name, *modifiers = _PREDICATE.sub("", text).split()[0].split(".")
-  return f"{name}.{modifiers[0]}" if name == "MUFU" else name
 
 
 if __name__ == "__main__":

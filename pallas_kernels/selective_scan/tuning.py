@@ -7,8 +7,8 @@ else the heuristics.
 
 import dataclasses
 import functools
-import importlib.resources
 import json
+import pathlib
 import re
 from typing import Any, Final
 
@@ -82,7 +82,7 @@ def lookup(problem: Problem, device: Any) -> Config:
     measured = _table(device.device_kind).get(problem)
     if measured is not None:
       return measured
-  return heuristic(problem, cores=_cores(device))
+  return heuristic(problem, cores=core_count(device))
 
 
 def heuristic(problem: Problem, *, cores: int) -> Config:
@@ -110,7 +110,7 @@ def _chunks(problem: Problem, cores: int, tile: int) -> int:
   return chunks if chunks >= 4 else 1
 
 
-def _cores(device: Any) -> int:
+def core_count(device: Any) -> int:
   """The streaming multiprocessors of a real or an abstract device."""
   for name in ("core_count", "num_cores"):
     if count := getattr(device, name, None):
@@ -126,9 +126,59 @@ def table_name(device_kind: str) -> str:
 @functools.cache
 def _table(device_kind: str) -> dict[Problem, Config]:
   """What was measured on this kind of device; empty if nothing was."""
-  folder = importlib.resources.files(__package__)
-  path = folder.joinpath(table_name(device_kind))
-  if not path.is_file():
-    return {}
-  entries = json.loads(path.read_text())["entries"]
-  return {Problem(**e["problem"]): Config(**e["config"]) for e in entries}
+  path = table_path(device_kind)
+  return read_table(path) if path.is_file() else {}
+
+
+def table_path(device_kind: str) -> pathlib.Path:
+  """Where the table of this kind of device is, or would be."""
+  return pathlib.Path(__file__).parent / table_name(device_kind)
+
+
+def read_table(path: pathlib.Path) -> dict[Problem, Config]:
+  """The settings in a table.
+
+  Raises:
+    ValueError: The file is damaged; the message says where.
+  """
+  try:
+    entries = json.loads(path.read_text())["entries"]
+    return {
+      _record(Problem, e["problem"]): _record(Config, e["config"])
+      for e in entries
+    }
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{path} is no table of settings: {error!r}. Every entry needs a "
+      "`problem` and a `config` with the fields of `tuning`; write it anew "
+      "with python -m pallas_kernels.bench --tune, or delete it."
+    ) from error
+
+
+def _record(kind: Any, values: Any) -> Any:
+  """A `Problem` or a `Config`, all of whose fields are given and whole."""
+  fields = {field.name for field in dataclasses.fields(kind)}
+  if not isinstance(values, dict) or values.keys() != fields:
+    raise ValueError(f"a {kind.__name__} has {sorted(fields)}, got {values}")
+  for name, value in values.items():
+    if type(value) is not int or value < 1:
+      raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}")
+  return kind(**values)
+
+
+def write_table(
+  path: pathlib.Path, device_kind: str, note: str, entries: Any
+) -> None:
+  """Replaces a table, in one step.
+
+  Args:
+    path: That of `table_path`.
+    device_kind: The kind of device that was measured.
+    note: When and with what.
+    entries: Dictionaries with "problem", "config" and anything else.
+  """
+  table = {"device_kind": device_kind, "note": note, "entries": entries}
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(table, indent=2) + "\n")
+  read_table(temporary)  # Nothing is replaced by what cannot be read.
+  temporary.replace(path)

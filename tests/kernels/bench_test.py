@@ -1,21 +1,30 @@
 """The benchmark's arithmetic, and its command line on a tiny call."""
 
+import collections
 import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import bench
+from pallas_kernels import (
+  bench,
+  bench_compare,
+  bench_compiled,
+  bench_ops,
+  bench_timing,
+  compiled,
+)
 from pallas_kernels.selective_scan import arg_specs
 
 _TINY = arg_specs.ArgSpec(b=1, l=5, d=4, n=2, g=2, gate=True, source="a test")
 
 
 def _row(**changes):
-  row = bench.Row(
+  row = bench_compare.Row(
     spec="vim_tiny_224",
     implementation="xla_sequential",
     direction="forward+backward",
@@ -35,13 +44,13 @@ def test_gates_judge_speed_and_memory_of_forward_plus_backward():
     _row(implementation="xla_associative", speedup=1.0),
     _row(spec="vim_tiny_1248", speedup=1.0),
   ]
-  speed, memory = bench.check_gates(rows)
+  speed, memory = bench_compare.check_gates(rows)
   assert speed.startswith("PASS vim_tiny_224 xla_sequential speed: 7.5x")
   assert memory.startswith("FAIL vim_tiny_224 xla_sequential memory: 49.0x")
 
 
 def test_gates_belong_to_calls_that_exist():
-  assert bench.GATES.keys() <= arg_specs.ARG_SPECS.keys()
+  assert bench_compare.GATES.keys() <= arg_specs.ARG_SPECS.keys()
 
 
 def test_baseline_computes_the_same():
@@ -49,7 +58,9 @@ def test_baseline_computes_the_same():
   want = pallas_kernels.selective_scan(
     **arrays, delta_softplus=True, implementation="reference"
   )
-  got = jax.jit(lambda arrays: bench.baseline_selective_scan(**arrays))(arrays)
+  got = jax.jit(lambda arrays: bench_compare.baseline_selective_scan(**arrays))(
+    arrays
+  )
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -82,9 +93,155 @@ def test_command_line_prints_a_table_and_writes_json(
     (["--filter", "resnet"], "no call has 'resnet' in its name; there are vim"),
     (["--rounds", "0"], "--rounds must be at least 1, got 0"),
     (["convolution"], "invalid choice: 'convolution'"),
+    (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+    (["--dtype", "bfloat16"], "--dtype goes with --compiled only"),
+    (["cross_selective_scan", "--tune"], "with --compiled or --suite"),
+    (["--tune", "--compiled"], "not allowed with argument"),
   ],
 )
 def test_wrong_command_lines_are_explained(arguments, message, capsys):
-  with pytest.raises(SystemExit):
+  with pytest.raises(SystemExit) as error:
     bench.main(arguments)
+  assert error.value.code == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--tune"], ["--suite", "gpu"]])
+def test_without_a_gpu_it_says_so(arguments, tmp_path, capsys):
+  path = tmp_path / "results.json"
+  code = bench.main([*arguments, "--filter", "vim", "--json", str(path)])
+  assert code == bench.UNAVAILABLE == 69
+  captured = capsys.readouterr()
+  assert "needs an NVIDIA GPU of compute capability" in captured.err
+  assert "not cpu" in captured.err
+  assert not captured.out
+  assert not path.exists()
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
+  monkeypatch.setattr(compiled, "missing", lambda: "pip install 'jax[cuda13]'")
+  code = bench.main(["--compiled", "--filter", "vim"])
+  assert code == bench.UNAVAILABLE
+  error = capsys.readouterr().err
+  assert "cannot be compiled here; install: pip install 'jax[cuda13]'" in error
+
+
+def test_compiled_figures_are_printed_and_written(
+  monkeypatch, tmp_path, capsys
+):
+  launch = compiled.Launch(
+    name="selective_scan",
+    blocks=2,
+    threads=128,
+    shared_memory=300_000,
+    bytes_accessed=10,
+  )
+  kernel = compiled.Kernel(
+    launch=launch,
+    registers=255,
+    spill_bytes=16,
+    opcodes=collections.Counter(FFMA=100),
+    loops=(),
+  )
+  monkeypatch.setattr(compiled, "missing", lambda: None)
+  monkeypatch.setattr(compiled, "kernels", lambda *arguments: [kernel])
+  path = tmp_path / "compiled.json"
+  code = bench.main(
+    ["--compiled", "selective_scan", "--filter", "224", "--json", str(path)]
+  )
+  assert code == 0
+  results = json.loads(path.read_text())
+  assert len(results["rows"]) == 4  # Two dtypes, two directions.
+  rows = [bench_compiled.Figures(**row) for row in results["rows"]]
+  assert {row.spec for row in rows} == {"vim_tiny_224"}
+  assert rows[0].instructions == 100
+  assert rows[0].instructions_per_state is None  # It has no loops.
+  printed = capsys.readouterr().out
+  assert "MISSED vim_tiny_224 bfloat16 forward selective_scan: spills 16" in (
+    printed
+  )
+  assert results["environment"]["jax"] == jax.__version__
+
+
+def test_work_is_what_the_shapes_say():
+  sizes = bench_ops.OPS["selective_scan"].sizes(_TINY)
+  forward = bench_ops.work(sizes, bench_ops.FORWARD, itemsize=2)
+  # u, delta, z and y; B and C of two groups; A, D and the bias.
+  assert forward.bytes == 2 * (4 * 5 * 4 + 2 * 5 * 2 * 2) + 4 * 4 * (2 + 2)
+  assert forward.exponentials == 5 * 4 * (2 + 4)
+  assert forward.fmas == 4 * 5 * 4 * 2
+  both = bench_ops.work(sizes, bench_ops.GRADIENT, itemsize=2)
+  assert both.exponentials == 2 * forward.exponentials
+  # All but y twice more, as inputs and as gradients, and y's gradient.
+  assert both.bytes == 3 * forward.bytes - 2 * (5 * 4)
+
+
+def test_an_image_scanned_four_ways_is_read_once():
+  op = bench_ops.OPS["cross_selective_scan"]
+  spec = next(iter(op.specs.values()))
+  sizes = op.sizes(spec)
+  assert sizes.steps == 4 * spec.b * spec.h * spec.w * spec.d
+  work = bench_ops.work(sizes, bench_ops.FORWARD, itemsize=2)
+  arrays = jax.eval_shape(lambda: op.make_arguments(spec, dtype=jnp.bfloat16))
+  read = sum(x.size * x.dtype.itemsize for x in arrays.values())
+  assert work.bytes == read + 2 * arrays["u"].size
+
+
+def test_the_floor_is_set_by_the_slowest_unit():
+  cycles = 132 * 1.755e9
+  work = lambda **given: (
+    bench_ops.Work(
+      **({"bytes": 0, "exponentials": 0, "fmas": 0} | given)
+    ).floor_seconds
+  )
+  assert work(bytes=3 * 10**12) == 1.0
+  assert work(exponentials=16) == pytest.approx(1 / cycles)
+  assert work(fmas=128, exponentials=15) == pytest.approx(1 / cycles)
+
+
+def test_timing_counts_launches_and_rotates_inputs():
+  now = 0.0
+  seen = []
+
+  def call(x):
+    nonlocal now
+    seen.append(x)
+    now += 1e-3
+    return x
+
+  timing = bench_timing.measure(
+    call, "abc", rounds=4, round_seconds=0.0101, clock=lambda: now
+  )
+  assert timing.launches == 10
+  assert timing.median_us == pytest.approx(1000)
+  assert timing.quartiles_us == pytest.approx((1000, 1000))
+  assert "".join(seen[:16]) == "abcabc" + "abcabcabca"
+  assert len(seen) == 3 + 3 + 4 * 10
+
+
+def test_a_rotation_is_larger_than_the_cache():
+  arrays = {"u": jnp.zeros(1000, jnp.float32)}
+  rotation = bench_timing.copies(arrays, rotation_bytes=10_000)
+  assert len(rotation) == 3
+  pointers = {x["u"].unsafe_buffer_pointer() for x in rotation}
+  assert len(pointers) == 3
+  assert len(bench_timing.copies(arrays, rotation_bytes=1)) == 2
+
+
+def test_profiles_are_read_by_kernel():
+  event = collections.namedtuple("event", "name duration_ns")
+  line = collections.namedtuple("line", "name events")
+  plane = collections.namedtuple("plane", "name lines")
+  stream = line("Stream #7", [event("scan", 4e3), event("pad", 1e3)])
+  data = collections.namedtuple("data", "planes")(
+    [
+      plane("/host:CPU", [stream]),
+      plane("/device:GPU:0", [stream, line("XLA Ops", [event("scan", 1e9)])]),
+    ]
+  )
+  events = bench_timing._kernel_events(data)
+  assert events == [("scan", 4e3), ("pad", 1e3)]
+  assert bench_timing._per_call(dict(events), 2) == {"scan": 2.0, "pad": 0.5}
+  call = jax.jit(lambda x: x + 1)
+  with pytest.raises(RuntimeError, match="saw no kernel on a GPU"):
+    bench_timing.device_times(call, [jnp.zeros(3)])

@@ -1,0 +1,318 @@
+"""What the GPU kernels are compiled to, and how fast that could run.
+
+`figures` compiles the kernels of a call for an H100, without having one, and
+counts. The predicted time follows from these counts alone; nothing here is
+measured on a GPU.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import functools
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels import bench_ops, compiled, compiled_sass, dispatch
+from pallas_kernels.selective_scan import (
+  mosaic_gpu_backward_n1,
+  mosaic_gpu_backward_plan,
+  mosaic_gpu_forward_n1,
+  tuning,
+)
+from pallas_kernels.selective_scan import mosaic_gpu_common as common
+
+DEVICE: Final = AbstractDevice(
+  device_kind="NVIDIA H100 80GB HBM3",
+  num_cores=bench_ops.MULTIPROCESSORS,
+  platform="cuda",
+)
+DTYPES: Final = ("bfloat16", "float32")
+
+_SCHEDULERS: Final = 4  # Of a multiprocessor; each starts one warp per cycle.
+_WARP: Final = 32
+
+# The most `Figures.instructions_per_state`; forward, for so many states.
+FORWARD_TARGET: Final = 8.0
+FORWARD_TARGET_STATES: Final = 16
+BACKWARD_TARGET: Final = 34.0
+BACKWARD_GOAL: Final = 28.0
+BLOCKS_TARGET: Final = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+  """One kernel of a call.
+
+  Attributes:
+    op: The operation.
+    spec: The call.
+    dtype: That of its sequences.
+    direction: One of `bench_ops.DIRECTIONS`.
+    kernel: The kernel's name.
+    n: States per channel.
+    blocks: Blocks of the grid.
+    registers: Registers of a thread.
+    spill_bytes: Bytes that a thread spills, stores and loads together.
+    shared_memory: Bytes of shared memory of a block.
+    blocks_per_multiprocessor: How many blocks fit at a time.
+    instructions: Instructions of the whole kernel.
+    instructions_per_state: Instructions that a thread runs per token, channel
+      and state, copies and barriers of its tiles included; None if the
+      kernel's loops are not those expected.
+    predicted_us: Predicted time in microseconds, without its launch; None as
+      before.
+  """
+
+  op: str
+  spec: str
+  dtype: str
+  direction: str
+  kernel: str
+  n: int
+  blocks: int
+  registers: int
+  spill_bytes: int
+  shared_memory: int
+  blocks_per_multiprocessor: int
+  instructions: int
+  instructions_per_state: float | None
+  predicted_us: float | None
+
+  @property
+  def is_backward(self) -> bool:
+    return self.kernel.endswith("_backward")
+
+
+def why_not(op: bench_ops.Op) -> str | None:
+  """None if `figures` can work here, otherwise what to do."""
+  if "mosaic_gpu" not in op.implementations:
+    return f"{op.name} has no GPU kernel"
+  if wanted := compiled.missing():
+    return f"the kernels cannot be compiled here; install: {wanted}"
+  return None
+
+
+def figures(
+  op: bench_ops.Op, spec_name: str, dtype: str, direction: str
+) -> list[Figures]:
+  """The kernels of a call, in the order in which they run.
+
+  Raises:
+    RuntimeError: `why_not` says why.
+  """
+  if reason := why_not(op):
+    raise RuntimeError(reason)
+  sizes = op.sizes(op.specs[spec_name])
+  itemsize = jnp.dtype(dtype).itemsize
+  with on_h100():
+    return [
+      _figures(kernel, steps(sizes, itemsize, kernel.launch.name), sizes)(
+        op=op.name, spec=spec_name, dtype=dtype, direction=direction
+      )
+      for kernel in compiled.kernels(
+        program(op, direction), shapes(op, spec_name, dtype)
+      )
+    ]
+
+
+def on_h100() -> contextlib.AbstractContextManager[Any]:
+  """Makes `dispatch.target_device()` an H100 that is not there."""
+  mesh = AbstractMesh((1,), ("device",), abstract_device=DEVICE)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+def shapes(op: bench_ops.Op, spec_name: str, dtype: str) -> dict[str, Any]:
+  """The arguments of a call, without their values."""
+  make = functools.partial(op.make_arguments, op.specs[spec_name])
+  return jax.eval_shape(functools.partial(make, dtype=jnp.dtype(dtype)))
+
+
+def program(op: bench_ops.Op, direction: str):
+  """A function of a call's arguments that runs the kernels of a direction."""
+
+  def forward(arguments):
+    return op.function(
+      **arguments, delta_softplus=True, implementation="mosaic_gpu"
+    )
+
+  def both(arguments):
+    y, back = jax.vjp(forward, arguments)
+    return y, back(y)
+
+  return forward if direction == bench_ops.FORWARD else both
+
+
+def steps(
+  sizes: bench_ops.Sizes, itemsize: int, kernel: str
+) -> tuple[float, ...]:
+  """Tokens times channels that a thread does in an iteration of each loop.
+
+  From the outermost loop of `compiled_sass.nest` to the innermost. A kernel
+  with checkpoints has a loop more; see `_figures`.
+  """
+  problem = tuning.Problem(
+    b=sizes.b,
+    l=sizes.l,
+    d=sizes.d,
+    g=sizes.g,
+    n=sizes.n,
+    itemsize=itemsize,
+  )
+  config = tuning.lookup(problem, dispatch.target_device())
+  e = sizes.d // sizes.g
+  dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
+  if not kernel.endswith("_backward"):
+    lanes = 1.0
+    if sizes.n == 1:
+      cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(e)
+      lanes = cell.lanes / common.LANES
+    tokens = (config.tile, config.backward_tile, config.unroll)
+    return tuple(lanes * x for x in tokens)
+  if sizes.n == 1:
+    lanes = 2 if mosaic_gpu_backward_n1.is_wide(e, dtype) else 1
+    tile = max(config.backward_tile, mosaic_gpu_backward_n1.TOKENS)
+    return (lanes * tile, lanes * config.backward_tile)
+  plan = mosaic_gpu_backward_plan.Plan(
+    b=sizes.b,
+    l=sizes.l,
+    g=sizes.g,
+    e=e,
+    n=-(-sizes.n // common.VECTOR) * common.VECTOR,
+    tile=config.backward_tile,
+    tiles_per_chunk=1,
+    softplus=True,
+    reverse=False,
+  )
+  return (config.backward_tile * plan.channels / common.LANES,)
+
+
+def _figures(
+  kernel: compiled.Kernel, loop_steps: Sequence[float], sizes: bench_ops.Sizes
+) -> Any:
+  """`Figures` of a kernel, but for what names the call."""
+  chain = compiled_sass.nest(kernel.loops)
+  if len(loop_steps) == 3 and len(chain) == 2:  # No checkpoints.
+    loop_steps = (loop_steps[0], loop_steps[2])
+  cost = functools.partial(compiled_sass.per_step, kernel.loops, loop_steps)
+  instructions = cost(lambda loop: loop.instructions)
+  predicted = None
+  if instructions is not None:
+    predicted = predict_seconds(
+      kernel,
+      sizes.steps,
+      instructions,
+      cost(lambda loop: loop.special_functions) or 0.0,
+      cost(lambda loop: loop.stall_cycles) or 0.0,
+    )
+  return functools.partial(
+    Figures,
+    kernel=kernel.launch.name,
+    n=sizes.n,
+    blocks=kernel.launch.blocks,
+    registers=kernel.registers,
+    spill_bytes=kernel.spill_bytes,
+    shared_memory=kernel.launch.shared_memory,
+    blocks_per_multiprocessor=kernel.blocks_per_multiprocessor,
+    instructions=kernel.opcodes.total(),
+    instructions_per_state=(
+      None if instructions is None else round(instructions / sizes.n, 2)
+    ),
+    predicted_us=None if predicted is None else round(1e6 * predicted, 1),
+  )
+
+
+def predict_seconds(
+  kernel: compiled.Kernel,
+  steps: int,
+  instructions: float,
+  special_functions: float,
+  stall_cycles: float,
+) -> float:
+  """The time of a kernel, its launch left out, from its machine code.
+
+  The longer of two times. One is that of its memory traffic. The other is that
+  of its steps: with w blocks on a multiprocessor, each scheduler has w warps,
+  and a step of all of them takes the largest of w times the instructions, w
+  times the special functions at 32 lanes over 4 units, and the cycles that a
+  lone warp waits between its instructions, were all loads in time. Blocks run
+  in waves of as many as fit.
+
+  Args:
+    kernel: The kernel, of four warps to a block.
+    steps: Tokens times channels of the whole call.
+    instructions: Instructions of a thread for a step.
+    special_functions: Those of them for the special function unit.
+    stall_cycles: Cycles between them for a lone warp.
+  """
+  launch, cores = kernel.launch, bench_ops.MULTIPROCESSORS
+  # The width of the unit for each scheduler, from that of a multiprocessor.
+  width = bench_ops.EXPONENTIALS_PER_CYCLE // _SCHEDULERS
+  steps_of_block = steps / launch.blocks / launch.threads
+
+  def cycles(warps: int) -> float:
+    return steps_of_block * max(
+      warps * instructions,
+      warps * special_functions * _WARP / width,
+      stall_cycles,
+    )
+
+  fit = kernel.blocks_per_multiprocessor
+  waves, rest = divmod(launch.blocks, fit * cores)
+  total = waves * cycles(fit)
+  if rest:
+    total += cycles(-(-rest // cores))
+  return max(
+    total / bench_ops.CLOCK_HZ,
+    launch.bytes_accessed / bench_ops.BYTES_PER_SECOND,
+  )
+
+
+def target_per_state(row: Figures) -> float | None:
+  """The most `instructions_per_state` that are wanted; None if not said."""
+  if row.is_backward:
+    return BACKWARD_TARGET
+  return FORWARD_TARGET if row.n == FORWARD_TARGET_STATES else None
+
+
+def missed(row: Figures) -> list[str]:
+  """The targets that a kernel misses, one clause each."""
+  clauses = []
+  if row.spill_bytes:
+    clauses.append(f"spills {row.spill_bytes} bytes")
+  per_state = row.instructions_per_state
+  target = target_per_state(row)
+  if per_state is None:
+    clauses.append("its instructions could not be counted")
+  elif target is not None and per_state > target:
+    clauses.append(
+      f"{per_state:.2f} instructions per (t, d, n), wanted {target:g}"
+    )
+  if row.is_backward and row.blocks_per_multiprocessor < BLOCKS_TARGET:
+    clauses.append(
+      f"{row.blocks_per_multiprocessor} blocks per multiprocessor, wanted "
+      f"{BLOCKS_TARGET}"
+    )
+  return clauses
+
+
+HEADER: Final = (
+  f"{'call':24}{'dtype':10}{'direction':18}{'kernel':31}{'regs':>5}"
+  f"{'spill B':>9}{'shared B':>10}{'blocks/SM':>11}{'per (t,d,n)':>13}"
+  f"{'predicted us':>14}"
+)
+
+
+def line(row: Figures) -> str:
+  """The line of a kernel below `HEADER`."""
+  per_state, predicted = (
+    "?" if x is None else f"{x:.{digits}f}"
+    for x, digits in ((row.instructions_per_state, 2), (row.predicted_us, 1))
+  )
+  return (
+    f"{row.spec:24}{row.dtype:10}{row.direction:18}{row.kernel:31}"
+    f"{row.registers:5}{row.spill_bytes:9}{row.shared_memory:10}"
+    f"{row.blocks_per_multiprocessor:11}{per_state:>13}{predicted:>14}"
+  )

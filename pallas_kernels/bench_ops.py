@@ -1,0 +1,187 @@
+"""The operations as the benchmark's tools see them, and the work they must do.
+
+b batch, l length, d channels, n state size, g groups of channels. An image of
+h w tokens that is scanned in k directions counts as l = h w, g = k groups and
+k d channels.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, Final
+
+from pallas_kernels.cross_selective_scan import api as cross_api
+from pallas_kernels.cross_selective_scan import arg_specs as cross_arg_specs
+from pallas_kernels.cross_selective_scan import arguments as cross_arguments
+from pallas_kernels.selective_scan import api, arg_specs
+
+# An H100: memory as measured, not as sold; streaming multiprocessors, their
+# clock, and what each can start in a cycle.
+BYTES_PER_SECOND: Final = 3.0e12
+MULTIPROCESSORS: Final = 132
+CLOCK_HZ: Final = 1.755e9
+EXPONENTIALS_PER_CYCLE: Final = 16
+FMAS_PER_CYCLE: Final = 128
+
+FORWARD: Final = "forward"
+GRADIENT: Final = "forward+backward"
+DIRECTIONS: Final = (FORWARD, GRADIENT)
+
+# Per token, channel and state, the multiplications and additions, fused where
+# they can be. Forward: delta A, exp(delta A) h, h and y. Backward: the first
+# three of these again; g, g exp(delta A), and what goes into dA, dB, dC, the
+# gradients of delta (two) and of u.
+_FMAS: Final = {FORWARD: 4, GRADIENT: 4 + 11}
+# Per token and channel: n decays; softplus and gate are two each.
+_OTHER_EXPONENTIALS: Final = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """A call of any operation, as a selective scan.
+
+  Attributes:
+    b: Batch rows.
+    l: Tokens.
+    d: Channels, of all groups together.
+    n: States per channel.
+    g: Groups of channels.
+    gate: Whether there is a gate.
+    inputs: Channels of u and y, d but for directions that share them.
+  """
+
+  b: int
+  l: int
+  d: int
+  n: int
+  g: int
+  gate: bool
+  inputs: int
+
+  @property
+  def steps(self) -> int:
+    """Tokens times channels."""
+    return self.b * self.l * self.d
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """What an operation must do, whoever computes it.
+
+  Attributes:
+    bytes: Read and written, every array once.
+    exponentials: Exponentials, logarithms and reciprocals.
+    fmas: Multiplications and additions, fused where they can be.
+  """
+
+  bytes: int
+  exponentials: int
+  fmas: int
+
+  @property
+  def floor_seconds(self) -> float:
+    """The time that an H100 needs at the least."""
+    cycles = MULTIPROCESSORS * CLOCK_HZ
+    return max(
+      self.bytes / BYTES_PER_SECOND,
+      self.exponentials / (EXPONENTIALS_PER_CYCLE * cycles),
+      self.fmas / (FMAS_PER_CYCLE * cycles),
+    )
+
+
+def work(sizes: Sizes, direction: str, itemsize: int) -> Work:
+  """The work of a call with softplus, D and a bias.
+
+  Args:
+    sizes: The call.
+    direction: One of `DIRECTIONS`.
+    itemsize: Bytes of a number in a sequence; parameters have four.
+  """
+  b, l, n = sizes.b, sizes.l, sizes.n
+  u = b * l * sizes.inputs
+  sequences = sizes.steps * (1 + sizes.gate) + 2 * b * l * sizes.g * n
+  parameters = sizes.d * (n + 2)
+  inputs = itemsize * (u + sequences) + 4 * parameters
+  bytes_ = inputs + itemsize * u  # y.
+  exponentials = sizes.steps * (n + _OTHER_EXPONENTIALS)
+  if direction == GRADIENT:
+    # All inputs and dy are read, the gradients of all inputs written.
+    bytes_ += 2 * inputs + itemsize * u
+    exponentials *= 2
+  return Work(
+    bytes=bytes_,
+    exponentials=exponentials,
+    fmas=sizes.steps * n * _FMAS[direction],
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Op:
+  """An operation.
+
+  Attributes:
+    name: Its name.
+    function: Computes it; takes `implementation` and `delta_softplus`.
+    implementations: Its implementations by name.
+    specs: The calls that models make, by name.
+    make_arguments: Makes the arguments of such a call.
+    sizes: The sizes of such a call.
+    describe: The sizes of such a call, for people.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  implementations: Mapping[str, Any]
+  specs: Mapping[str, Any]
+  make_arguments: Callable[..., dict[str, Any]]
+  sizes: Callable[[Any], Sizes]
+  describe: Callable[[Any], str]
+
+
+def _scan_sizes(spec: arg_specs.ArgSpec) -> Sizes:
+  return Sizes(
+    b=spec.b,
+    l=spec.l,
+    d=spec.d,
+    n=spec.n,
+    g=spec.g,
+    gate=spec.gate,
+    inputs=spec.d,
+  )
+
+
+def _cross_sizes(spec: cross_arg_specs.ArgSpec) -> Sizes:
+  k = cross_arguments.DIRECTIONS
+  return Sizes(
+    b=spec.b,
+    l=spec.h * spec.w,
+    d=k * spec.d,
+    n=spec.n,
+    g=k,
+    gate=False,
+    inputs=spec.d,
+  )
+
+
+OPS: Final = {
+  op.name: op
+  for op in (
+    Op(
+      name="selective_scan",
+      function=api.selective_scan,
+      implementations=api.IMPLEMENTATIONS,
+      specs=arg_specs.ARG_SPECS,
+      make_arguments=arg_specs.make_arguments,
+      sizes=_scan_sizes,
+      describe=lambda s: f"b={s.b} l={s.l} d={s.d} n={s.n} g={s.g}",
+    ),
+    Op(
+      name="cross_selective_scan",
+      function=cross_api.cross_selective_scan,
+      implementations=cross_api.IMPLEMENTATIONS,
+      specs=cross_arg_specs.ARG_SPECS,
+      make_arguments=cross_arg_specs.make_arguments,
+      sizes=_cross_sizes,
+      describe=lambda s: f"b={s.b} h={s.h} w={s.w} d={s.d} n={s.n}",
+    ),
+  )
+}

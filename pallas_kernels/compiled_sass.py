@@ -1,0 +1,139 @@
+"""Reads NVIDIA machine code: instructions, loops, and what they cost.
+
+The text is that of `nvdisasm` with control codes, as the compiler of Mosaic GPU
+kernels dumps it: labels, and lines such as
+
+  -:-:-:Y:04    /*0120*/    @P0 FFMA R1, R2, R3, R4
+
+whose control code ends in the cycles that the warp waits after issuing it.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+import dataclasses
+import re
+from typing import Final
+
+EXPONENTIAL: Final = "MUFU.EX2"
+
+_INSTRUCTION = re.compile(
+  r"(?::(?P<stall>\d+)\s+)?/\*[0-9a-f]{4,}\*/\s+(?P<text>.*?)\s*;?\s*$"
+)
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+_BRANCH = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """The instructions of a loop, those of loops inside it included.
+
+  Attributes:
+    start: Index of its first instruction in the kernel.
+    opcodes: How often each instruction occurs, without modifiers ("FFMA");
+      of the special function unit with the function ("MUFU.EX2").
+    stall_cycles: Cycles that a warp waits after issuing them, one by one. What
+      it waits for loads comes on top.
+  """
+
+  start: int
+  opcodes: collections.Counter[str]
+  stall_cycles: int
+
+  @property
+  def instructions(self) -> int:
+    return self.opcodes.total()
+
+  @property
+  def special_functions(self) -> int:
+    """Instructions of the unit for exponentials, reciprocals and the like."""
+    return sum(
+      count for name, count in self.opcodes.items() if name.startswith("MUFU")
+    )
+
+  def has(self, other: "Loop") -> bool:
+    """Whether another loop is inside this one."""
+    end, other_end = (x.start + x.instructions for x in (self, other))
+    inside = self.start <= other.start and other_end <= end
+    return inside and other.instructions < self.instructions
+
+
+def parse(text: str) -> tuple[collections.Counter[str], tuple[Loop, ...]]:
+  """How often each instruction of a kernel occurs, and its loops."""
+  opcodes: list[str] = []
+  stalls: list[int] = []
+  branches: list[tuple[int, str]] = []
+  labels: dict[str, int] = {}
+  for line in text.splitlines():
+    if match := _INSTRUCTION.search(line):
+      if branch := _BRANCH.search(match["text"]):
+        branches.append((len(opcodes), branch.group(1)))
+      opcodes.append(_opcode(match["text"]))
+      stalls.append(int(match["stall"] or 0))
+    elif match := _LABEL.match(line):
+      labels[match.group(1)] = len(opcodes)
+
+  ends: dict[int, int] = {}  # By start: several branches may close a loop.
+  for end, label in branches:
+    start = labels.get(label, end)
+    # Code after the end of the kernel, for barriers that have to wait, jumps
+    # back too; and a kernel ends by jumping to itself.
+    if start < end and "EXIT" not in opcodes[start:end]:
+      ends[start] = end + 1
+  loops = tuple(
+    Loop(start, collections.Counter(opcodes[start:end]), sum(stalls[start:end]))
+    for start, end in ends.items()
+  )
+  return collections.Counter(opcodes), loops
+
+
+def _opcode(text: str) -> str:
+  name, *modifiers = _PREDICATE.sub("", text).split()[0].split(".")
+  return f"{name}.{modifiers[0]}" if name == "MUFU" else name
+
+
+def nest(loops: Sequence[Loop]) -> tuple[Loop, ...]:
+  """The loops that do a kernel's work, from the outermost to the innermost.
+
+  Of those that compute exponentials the one with the most instructions, then
+  the one with the most inside it, and so on.
+  """
+  found: list[Loop] = []
+  inside = [loop for loop in loops if loop.opcodes[EXPONENTIAL]]
+  while inside:
+    largest = max(inside, key=lambda loop: loop.instructions)
+    found.append(largest)
+    inside = [loop for loop in inside if largest.has(loop)]
+  return tuple(found)
+
+
+def per_step(
+  loops: Sequence[Loop],
+  steps: Sequence[float],
+  measure: Callable[[Loop], int],
+) -> float | None:
+  """What a step of a kernel's work costs, all levels of its loops included.
+
+  A loop beside a working one, for the last tokens of a tile that is not full,
+  is taken as never run.
+
+  Args:
+    loops: All loops of the kernel.
+    steps: The steps of work in an iteration of each loop of `nest`.
+    measure: The cost of a loop's code, as `Loop.instructions`.
+
+  Returns:
+    The cost of a step; None if the kernel has another number of such loops.
+  """
+  chain = nest(loops)
+  if len(chain) != len(steps):
+    return None
+  cost = float(measure(chain[-1])) / steps[-1]
+  for outer, outer_steps in reversed(
+    list(zip(chain[:-1], steps[:-1], strict=True))
+  ):
+    inside = [loop for loop in loops if outer.has(loop)]
+    direct = [x for x in inside if not any(y.has(x) for y in inside)]
+    own = measure(outer) - sum(measure(loop) for loop in direct)
+    cost += own / outer_steps
+  return cost
