@@ -37,9 +37,17 @@ from pallas_kernels.selective_scan import (
 MAX_STATES: Final = 64  # As many as a lane can keep in registers.
 
 # An element's position in its array must fit a signed 32-bit integer.
-_MAX_ELEMENTS: Final = 2**31 - 1
+MAX_ELEMENTS: Final = 2**31 - 1
 
-_DTYPES: Final = ("bfloat16", "float32")
+DTYPES: Final = ("bfloat16", "float32")
+
+# Why not on other NVIDIA GPUs, by the first number of the compute capability.
+_LACKS: Final = {
+  7: "it has no TMA, by which all tiles come and go",
+  8: "it has no TMA, by which all tiles come and go",
+  12: "a block has 99 KiB of shared memory there, the backward kernel takes "
+  "up to 126",
+}
 
 # Abstract devices have a name, but no compute capability.
 _CAPABILITIES: Final = (
@@ -47,6 +55,7 @@ _CAPABILITIES: Final = (
   (r"\bG?H(100|200|800|20)\b", (9, 0)),
   (r"\bG?B(100|200)\b", (10, 0)),
   (r"\bG?B300\b", (10, 3)),
+  (r"\bRTX 50[0-9]0\b", (12, 0)),
 )
 
 
@@ -54,7 +63,7 @@ def why_not(
   args: arguments.Arguments, options: arguments.Options
 ) -> str | None:
   """None if the kernels can run this call here, otherwise why they cannot."""
-  return _why_not_device(dispatch.target_device()) or why_not_interpreted(
+  return why_not_device(dispatch.target_device()) or why_not_interpreted(
     args, options
   )
 
@@ -65,8 +74,8 @@ def why_not_interpreted(
   """Like `why_not`, wherever it runs."""
   del options
   for name, x in args._asdict().items():
-    if x is not None and x.dtype.name not in _DTYPES:
-      return f"`{name}` is {x.dtype}, it takes {' and '.join(_DTYPES)}"
+    if x is not None and x.dtype.name not in DTYPES:
+      return f"`{name}` is {x.dtype}, it takes {' and '.join(DTYPES)}"
   b, l, d = args.u.shape
   n = args.A.shape[1]
   if n > MAX_STATES:
@@ -79,15 +88,16 @@ def why_not_interpreted(
     ),
   }
   for what, size in sizes.items():
-    if size > _MAX_ELEMENTS:
+    if size > MAX_ELEMENTS:
       return (
         f"with {b=}, {l=}, {d=}, {n=} {what} would have {size} elements, it "
-        f"takes at most {_MAX_ELEMENTS} (32-bit offsets); split the batch"
+        f"takes at most {MAX_ELEMENTS} (32-bit offsets); split the batch, or "
+        "the sequence with `initial_state`"
       )
   return None
 
 
-def _why_not_device(device: Any) -> str | None:
+def why_not_device(device: Any) -> str | None:
   """What keeps the kernels from a device, real or abstract."""
   capability = _compute_capability(device)
   if capability is not None and capability[0] in (9, 10):
@@ -95,6 +105,8 @@ def _why_not_device(device: Any) -> str | None:
   has = device.device_kind
   if capability is not None:
     has += f" of {capability[0]}.{capability[1]}"
+    if lacks := _LACKS.get(capability[0]):
+      has += f" ({lacks})"
   return f"it needs an NVIDIA GPU of compute capability 9.0 or 10.x, not {has}"
 
 
@@ -187,9 +199,9 @@ def _prepare(args: arguments.Arguments) -> _Inputs:
     x.dtype.itemsize for x in (args.u, args.delta, args.z) if x is not None
   )
   unit = mosaic_gpu_common.TMA_BYTES // itemsize
-  pad_channels = functools.partial(_pad_channels, g=g, padding=-(d // g) % unit)
+  channels = functools.partial(pad_channels, g=g, padding=-(d // g) % unit)
   pad_states = functools.partial(
-    _pad_last, padding=0 if n == 1 else -n % mosaic_gpu_common.VECTOR
+    pad_last, padding=0 if n == 1 else -n % mosaic_gpu_common.VECTOR
   )
 
   def states(x):
@@ -199,29 +211,29 @@ def _prepare(args: arguments.Arguments) -> _Inputs:
     x = jnp.swapaxes(states(x), 1, 2)
     if n > 1:
       return x
-    return _pad_last(x[..., 0], padding=-x.shape[2] % mosaic_gpu_common.VECTOR)
+    return pad_last(x[..., 0], padding=-x.shape[2] % mosaic_gpu_common.VECTOR)
 
   def maybe(function, x):
     return None if x is None else function(x)
 
   return _Inputs(
-    u=pad_channels(args.u, axis=2),
-    delta=pad_channels(args.delta, axis=2),
-    A=pad_channels(states(args.A), axis=0),
+    u=channels(args.u, axis=2),
+    delta=channels(args.delta, axis=2),
+    A=channels(states(args.A), axis=0),
     B=rows(args.B),
     C=rows(args.C),
-    D=maybe(lambda x: pad_channels(x.astype(jnp.float32), axis=0), args.D),
-    z=maybe(lambda x: pad_channels(x, axis=2), args.z),
+    D=maybe(lambda x: channels(x.astype(jnp.float32), axis=0), args.D),
+    z=maybe(lambda x: channels(x, axis=2), args.z),
     delta_bias=maybe(
-      lambda x: pad_channels(x.astype(jnp.float32), axis=0), args.delta_bias
+      lambda x: channels(x.astype(jnp.float32), axis=0), args.delta_bias
     ),
     initial_state=maybe(
-      lambda x: pad_channels(states(x), axis=1), args.initial_state
+      lambda x: channels(states(x), axis=1), args.initial_state
     ),
   )
 
 
-def _pad_channels(x: jax.Array, *, axis: int, g: int, padding: int):
+def pad_channels(x: jax.Array, *, axis: int, g: int, padding: int):
   """Adds zero channels at the end of each of the g groups along `axis`."""
   if not padding:
     return x
@@ -232,7 +244,7 @@ def _pad_channels(x: jax.Array, *, axis: int, g: int, padding: int):
   return jnp.pad(x, widths).reshape(*before, d + g * padding, *after)
 
 
-def _pad_last(x: jax.Array, *, padding: int) -> jax.Array:
+def pad_last(x: jax.Array, *, padding: int) -> jax.Array:
   if not padding:
     return x
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])

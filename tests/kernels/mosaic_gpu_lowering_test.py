@@ -14,7 +14,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.selective_scan import arg_specs
+from pallas_kernels.selective_scan import arg_specs, mosaic_gpu
 
 H100 = AbstractDevice(
   device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
@@ -143,8 +143,9 @@ def test_all_optional_arguments_lower():
   assert len(kernels(text)) == 2
 
 
+@pytest.mark.parametrize("name", [None, "mosaic_gpu"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_on_a_mesh_each_device_runs_its_shard(axis_type):
+def test_on_a_mesh_each_device_runs_its_shard(axis_type, name):
   spec = arg_specs.ArgSpec(b=2112, l=20, d=128, n=8, gate=True, source="")
   with on_h100(devices=8, axis_type=axis_type):
     mesh = jax.sharding.get_abstract_mesh()
@@ -156,8 +157,8 @@ def test_on_a_mesh_each_device_runs_its_shard(axis_type):
       return x.update(sharding=NamedSharding(mesh, axes))
 
     arguments = jax.tree.map(place, shapes(spec))
-    forward = kernels(lower(scan(), arguments))
-    both = kernels(lower(gradient(scan()), arguments))
+    forward = kernels(lower(scan(name), arguments))
+    both = kernels(lower(gradient(scan(name)), arguments))
   assert len(forward) == 1
   assert len(both) == 2
   for types in forward + both:
@@ -165,6 +166,32 @@ def test_on_a_mesh_each_device_runs_its_shard(axis_type):
     assert sequences
     assert all(x.startswith("264x20x") for x in sequences)
   assert not any("2112x" in x for types in both for x in types)
+
+
+def test_channels_are_split_too():
+  spec = arg_specs.ArgSpec(b=4, l=20, d=512, n=1, g=4, source="")
+  mesh = AbstractMesh(
+    (4, 2),
+    ("data", "model"),
+    axis_types=(AxisType.Auto,) * 2,
+    abstract_device=H100,
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    types = kernels(lower(gradient(scan()), shapes(spec)))
+  assert len(types) == 2
+  for results in types:
+    sequences = [x for x in results if x.endswith("bf16")]
+    assert sequences
+    # Of b, l, g and d // g.
+    assert set(sequences) == {"1x20x2x128xbf16"}
+
+
+def test_remat_runs_the_forward_kernel_twice():
+  spec = arg_specs.ArgSpec(b=264, l=20, d=128, n=4, source="")
+  with on_h100():
+    text = lower(gradient(jax.checkpoint(scan())), shapes(spec))
+  # The output of the first is not used in this program.
+  assert 2 <= len(kernels(text)) <= 3
 
 
 def test_vmap_adds_a_dimension_to_the_grid():
@@ -190,7 +217,15 @@ def test_a_million_tokens_lower():
   spec = arg_specs.ArgSpec(b=1, l=1_000_000, d=384, n=16, source="")
   with on_h100():
     text = lower(gradient(scan()), shapes(spec))
-  assert kernels(text)
+  # Too few blocks for one pass: chunks, in two kernels either way.
+  assert len(kernels(text)) == 4
+  assert largest_array(text) <= spec.l * spec.d * spec.n / 7
+
+
+def test_a_batch_that_fills_the_device_is_scanned_in_one_pass():
+  spec = arg_specs.ArgSpec(b=64, l=10_000, d=384, n=16, source="")
+  with on_h100():
+    assert len(kernels(lower(scan(), shapes(spec)))) == 1
 
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_gpu_interpret"])
@@ -255,6 +290,18 @@ def test_the_device_decides(kind, platform, runs):
     # Under None it falls back, and under no circumstances to the interpreter.
     text = str(jax.make_jaxpr(scan())(arguments))
   assert ("custom_vjp_call" in text) == runs  # xla_associative has none.
+
+
+@pytest.mark.parametrize(
+  ("kind", "lacks"),
+  [
+    ("NVIDIA A100-SXM4-80GB", r"of 8.0 \(it has no TMA"),
+    ("NVIDIA GeForce RTX 5090", r"of 12.0 \(.*99 KiB of shared memory.*126\)"),
+  ],
+)
+def test_what_another_device_lacks_is_said(kind, lacks):
+  device = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
+  assert re.search(lacks, mosaic_gpu.why_not_device(device))
 
 
 def test_the_choice_and_its_reason_are_logged(caplog):

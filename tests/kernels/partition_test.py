@@ -1,15 +1,23 @@
 """The selective scan on meshes of eight virtual devices."""
 
+import dataclasses
 import functools
 
 import jax
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 import pytest
 
 import pallas_kernels
 from pallas_kernels import partition
-from pallas_kernels.selective_scan import arg_specs, arguments
+from pallas_kernels.selective_scan import (
+  api,
+  arg_specs,
+  arguments,
+  mosaic_gpu,
+  mosaic_gpu_common,
+)
 from tests.kernels import selective_scan_suite as suite
 
 P = jax.P
@@ -64,6 +72,35 @@ def test_a_mesh_changes_no_result(implementation, kind, axes, split):
   suite.assert_matches(got, suite.expected(_EVEN))
   wanted = NamedSharding(mesh, P(*(split.get(letter) for letter in "bld")))
   assert got[0]["y"].sharding.is_equivalent_to(wanted, 3)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_a_mesh_changes_no_result_of_the_interpreted_kernels(kind, monkeypatch):
+  # Without race detection, which is for one device: it knows no order between
+  # what several do. Nor is the check at the end of a kernel, that all barriers
+  # are gone, those of the other devices included.
+  monkeypatch.setattr(
+    shared_memory.GPUSharedMemory,
+    "assert_no_barriers_allocated",
+    lambda self: None,
+  )
+  interpreted = functools.partial(
+    mosaic_gpu.selective_scan, interpret=mosaic_gpu_common.Interpret()
+  )
+  impl = api.IMPLEMENTATIONS["mosaic_gpu_interpret"]
+  monkeypatch.setitem(
+    api.IMPLEMENTATIONS,
+    "mosaic_gpu_interpret",
+    dataclasses.replace(impl, function=interpreted),
+  )
+  case = suite.Case((8, 3, 4, 2, 2), ("D",), _OPTIONS)
+  mesh = _mesh(kind, data=8)
+  arrays = suite.make_arrays(case)
+  with jax.set_mesh(mesh):
+    placed = _place(mesh, arrays, b="data")
+    got = _run("mosaic_gpu_interpret", case, placed)
+  suite.assert_matches(got, suite.expected(case))
+  assert len(got[0]["y"].addressable_shards[0].data) == 1
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
