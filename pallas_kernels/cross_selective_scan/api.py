@@ -10,14 +10,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partition
-from pallas_kernels.cross_selective_scan import arguments, reference, xla
-from pallas_kernels.selective_scan import xla_associative, xla_sequential
+from pallas_kernels.cross_selective_scan import (
+  arguments,
+  mosaic_gpu,
+  reference,
+  xla,
+)
+from pallas_kernels.selective_scan import (
+  mosaic_gpu_common,
+  xla_associative,
+  xla_sequential,
+)
 
 # Named as those of the selective scan, so that one choice serves both.
-Implementation = Literal["xla_sequential", "xla_associative", "reference"]
+Implementation = Literal[
+  "mosaic_gpu",
+  "xla_sequential",
+  "xla_associative",
+  "reference",
+  "mosaic_gpu_interpret",
+]
 
 IMPLEMENTATIONS: Final = {  # In order of preference.
-  # "mosaic_gpu" comes here, first on NVIDIA GPUs.
+  "mosaic_gpu": dispatch.Impl(
+    function=mosaic_gpu.cross_selective_scan,
+    why_not=mosaic_gpu.why_not,
+    platforms=("gpu",),
+  ),
   "xla_sequential": dispatch.Impl(
     function=functools.partial(
       xla.cross_selective_scan, scan=xla_sequential.selective_scan
@@ -31,6 +50,15 @@ IMPLEMENTATIONS: Final = {  # In order of preference.
   ),
   "reference": dispatch.Impl(
     function=reference.cross_selective_scan, platforms=()
+  ),
+  # The GPU kernels, interpreted on the CPU: for their tests, and slow.
+  "mosaic_gpu_interpret": dispatch.Impl(
+    function=functools.partial(
+      mosaic_gpu.cross_selective_scan,
+      interpret=mosaic_gpu_common.Interpret(detect_races=True),
+    ),
+    why_not=mosaic_gpu.why_not_interpreted,
+    platforms=(),
   ),
 }
 

@@ -21,7 +21,19 @@ from pallas_kernels.cross_selective_scan import (
 )
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "vmamba"
-OPTIMISED = ("xla_sequential", "xla_associative")
+KERNELS = (
+  "mosaic_gpu_interpret",
+  pytest.param(
+    "mosaic_gpu",
+    marks=[
+      pytest.mark.gpu,
+      pytest.mark.skipif(
+        jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"
+      ),
+    ],
+  ),
+)
+OPTIMISED = ("xla_sequential", "xla_associative", *KERNELS)
 
 
 def _arrays(b=2, h=3, w=5, d=4, n=3, seed=0):
@@ -115,20 +127,42 @@ def test_equals_the_definition(implementation, sizes, absent, softplus):
 
 
 @functools.cache
-def _exact(n):
+def _exact(**sizes):
   """Result and gradients of the reference in float64."""
   with jax.enable_x64(True):
-    arrays = jax.tree.map(np.float64, _arrays(n=n))
+    arrays = jax.tree.map(np.float64, _arrays(**sizes))
     run = functools.partial(_value_and_gradients, "reference", True)
     return jax.tree.map(np.asarray, jax.jit(run)(arrays))
+
+
+@functools.cache
+def _compiled(implementation):
+  return jax.jit(functools.partial(_value_and_gradients, implementation, True))
 
 
 @pytest.mark.parametrize("implementation", OPTIMISED)
 @pytest.mark.parametrize("n", [1, 3])
 def test_gradients_equal_those_of_the_definition(implementation, n):
-  want_y, want = _exact(n)
-  run = functools.partial(_value_and_gradients, implementation, True)
-  y, got = jax.jit(run)(_arrays(n=n))
+  _check_gradients(implementation, dict(b=1, n=n))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(b=1, h=17, w=1, n=1),  # Two tiles in a line, and tiles of one token.
+    dict(b=1, h=2, w=3, d=130, n=1),  # Two blocks of channels.
+    dict(b=1, h=1, w=9, d=3, n=4),
+  ],
+  ids=str,
+)
+def test_tiles_and_blocks_of_the_kernels(implementation, sizes):
+  _check_gradients(implementation, sizes)
+
+
+def _check_gradients(implementation, sizes):
+  want_y, want = _exact(**sizes)
+  y, got = _compiled(implementation)(_arrays(**sizes))
   _assert_close(y, want_y, 1e-6)
   for name in want:
     assert got[name].dtype == jnp.float32
