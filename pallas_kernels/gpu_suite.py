@@ -105,14 +105,15 @@ def run(
     clock: Seconds since any moment.
 
   Returns:
-    The results: "environment", "settings", "steps", and whether all checks
-    "passed" and all steps were "complete".
+    The results: "environment", "settings", "steps", what is "running", whether
+    all checks "passed", and whether the time was enough, "complete".
   """
   settings = settings or Settings()
   results: dict[str, Any] = {
     "environment": bench_compare.environment(),
     "implementation": implementation,
     "settings": dataclasses.asdict(settings),
+    "running": None,
     "passed": False,
     "complete": False,
     "steps": [],
@@ -124,6 +125,9 @@ def run(
     settings,
     lambda: clock() - start,
   ):
+    # Should it hang, the file says in what.
+    results["running"] = step.name
+    _write(path, results)
     began = clock()
     if began - start > settings.seconds:
       row = {"status": "skipped", "reason": "the time was up"}
@@ -139,7 +143,7 @@ def run(
     _print_step(row)
     _summarise(results)
     _write(path, results)
-  results["finished"] = True
+  results["running"] = None
   _write(path, results)
   verdict = "passed" if results["passed"] else "FAILED"
   done = "" if results["complete"] else ", not all of it run"

@@ -148,6 +148,7 @@ def check(case: Case, implementation: str) -> dict[str, Any]:
       if x.tobytes() != again[name].tobytes()
     ]
   return {
-    "errors": {name: float(f"{error:.2g}") for name, error in errors.items()},
+    # As text: JSON has no infinity.
+    "errors": {name: f"{error:.2g}" for name, error in errors.items()},
     "failures": sorted(set(failures)),
   }
