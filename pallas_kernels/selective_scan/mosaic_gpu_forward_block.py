@@ -287,7 +287,7 @@ def _scan_tokens(here, constants, plan, first, count, carry):
   whole = lax.div(count, jnp.int32(unroll))
   carry = _loop(whole, several(unroll, 0), carry)
   if plan.is_ragged(unroll):
-    rest = count - whole * unroll
+    rest = lax.bitwise_and(count, jnp.int32(unroll - 1))
     carry = _loop(rest, several(1, whole * unroll), carry)
   return carry
 
