@@ -5,7 +5,7 @@ counts. The predicted time follows from these counts alone; nothing here is
 measured on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -15,13 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import bench_ops, compiled, compiled_sass, dispatch
-from pallas_kernels.selective_scan import (
-  mosaic_gpu_backward_n1,
-  mosaic_gpu_backward_plan,
-  mosaic_gpu_forward_n1,
-  tuning,
-)
+from pallas_kernels import bench_ops, compiled, compiled_sass
+from pallas_kernels.selective_scan import mosaic_gpu_backward_n1
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
 DEVICE: Final = AbstractDevice(
@@ -33,6 +28,7 @@ DTYPES: Final = ("bfloat16", "float32")
 
 _SCHEDULERS: Final = 4  # Of a multiprocessor; each starts one warp per cycle.
 _WARP: Final = 32
+_THREADS: Final = common.LANES  # Of a block.
 
 # The most `Figures.instructions_per_state`; forward, for so many states.
 FORWARD_TARGET: Final = 8.0
@@ -105,17 +101,19 @@ def figures(
   """
   if reason := why_not(op):
     raise RuntimeError(reason)
-  sizes = op.sizes(op.specs[spec_name])
-  itemsize = jnp.dtype(dtype).itemsize
+  spec = op.specs[spec_name]
   with on_h100():
-    return [
-      _figures(kernel, steps(sizes, itemsize, kernel.launch.name), sizes)(
-        op=op.name, spec=spec_name, dtype=dtype, direction=direction
-      )
-      for kernel in compiled.kernels(
-        program(op, direction), shapes(op, spec_name, dtype)
-      )
-    ]
+    blocks = op.blocks(spec, jnp.dtype(dtype).itemsize)
+    kernels = compiled.kernels(
+      program(op, direction), shapes(op, spec_name, dtype)
+    )
+  sizes = op.sizes(spec)
+  return [
+    _figures(kernel, sizes, blocks)(
+      op=op.name, spec=spec_name, dtype=dtype, direction=direction
+    )
+    for kernel in kernels
+  ]
 
 
 def on_h100() -> contextlib.AbstractContextManager[Any]:
@@ -146,66 +144,63 @@ def program(op: bench_ops.Op, direction: str):
 
 
 def steps(
-  sizes: bench_ops.Sizes, itemsize: int, kernel: str
-) -> tuple[float, ...]:
+  nest: Sequence[compiled_sass.Loop],
+  kernel: str,
+  sizes: bench_ops.Sizes,
+  blocks: bench_ops.Blocks,
+) -> tuple[float, ...] | None:
   """Tokens times channels that a thread does in an iteration of each loop.
 
-  From the outermost loop of `compiled_sass.nest` to the innermost. A kernel
-  with checkpoints has a loop more; see `_figures`.
+  None if these are not the loops of such a kernel. Forward they are one over
+  tiles, with checkpoints perhaps one over what lies between these, and one over
+  a few tokens, of which the exponentials tell how many. Backward there is one
+  over tiles, and with one state another over checkpoints.
   """
-  problem = tuning.Problem(
-    b=sizes.b,
-    l=sizes.l,
-    d=sizes.d,
-    g=sizes.g,
-    n=sizes.n,
-    itemsize=itemsize,
-  )
-  config = tuning.lookup(problem, dispatch.target_device())
-  e = sizes.d // sizes.g
-  dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
-  if not kernel.endswith("_backward"):
-    lanes = 1.0
+  config = blocks.config
+  if kernel.endswith("_backward"):
+    lanes = blocks.backward_channels / _THREADS
+    tokens = (config.backward_tile,)
     if sizes.n == 1:
-      cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(e)
-      lanes = cell.lanes / common.LANES
-    tokens = (config.tile, config.backward_tile, config.unroll)
-    return tuple(lanes * x for x in tokens)
-  if sizes.n == 1:
-    lanes = 2 if mosaic_gpu_backward_n1.is_wide(e, dtype) else 1
-    tile = max(config.backward_tile, mosaic_gpu_backward_n1.TOKENS)
-    return (lanes * tile, lanes * config.backward_tile)
-  plan = mosaic_gpu_backward_plan.Plan(
-    b=sizes.b,
-    l=sizes.l,
-    g=sizes.g,
-    e=e,
-    n=-(-sizes.n // common.VECTOR) * common.VECTOR,
-    tile=config.backward_tile,
-    tiles_per_chunk=1,
-    softplus=True,
-    reverse=False,
+      tile = max(config.backward_tile, mosaic_gpu_backward_n1.TOKENS)
+      tokens = (tile, config.backward_tile)
+    return (
+      tuple(lanes * x for x in tokens) if len(nest) == len(tokens) else None
+    )
+  lanes = blocks.forward_channels / _THREADS
+  states = sizes.n if sizes.n == 1 else -(-sizes.n // common.VECTOR) * 4
+  inner = nest[-1].opcodes[compiled_sass.EXPONENTIAL] / (
+    states + 1 + (sizes.gate and not kernel.endswith("_states"))
   )
-  return (config.backward_tile * plan.channels / common.LANES,)
+  outer = {2: (config.tile,), 3: (config.tile, config.backward_tile)}
+  if len(nest) not in outer or inner % lanes:
+    return None
+  return (*(lanes * x for x in outer[len(nest)]), inner)
 
 
 def _figures(
-  kernel: compiled.Kernel, loop_steps: Sequence[float], sizes: bench_ops.Sizes
+  kernel: compiled.Kernel, sizes: bench_ops.Sizes, blocks: bench_ops.Blocks
 ) -> Any:
   """`Figures` of a kernel, but for what names the call."""
-  chain = compiled_sass.nest(kernel.loops)
-  if len(loop_steps) == 3 and len(chain) == 2:  # No checkpoints.
-    loop_steps = (loop_steps[0], loop_steps[2])
-  cost = functools.partial(compiled_sass.per_step, kernel.loops, loop_steps)
-  instructions = cost(lambda loop: loop.instructions)
-  predicted = None
-  if instructions is not None:
+  nests = compiled_sass.nests(kernel.loops)
+  counted = [steps(nest, kernel.launch.name, sizes, blocks) for nest in nests]
+
+  def cost(measure: Callable[[compiled_sass.Loop], int]) -> float:
+    """That of a step, on the longest of the kernel's paths."""
+    return max(
+      compiled_sass.per_step(kernel.loops, nest, count, measure)
+      for nest, count in zip(nests, counted, strict=True)
+      if count is not None
+    )
+
+  instructions = predicted = None
+  if counted and None not in counted:
+    instructions = cost(lambda loop: loop.instructions)
     predicted = predict_seconds(
       kernel,
       sizes.steps,
       instructions,
-      cost(lambda loop: loop.special_functions) or 0.0,
-      cost(lambda loop: loop.stall_cycles) or 0.0,
+      cost(lambda loop: loop.special_functions),
+      cost(lambda loop: loop.stall_cycles),
     )
   return functools.partial(
     Figures,

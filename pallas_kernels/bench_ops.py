@@ -9,10 +9,22 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, Final
 
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
 from pallas_kernels.cross_selective_scan import api as cross_api
 from pallas_kernels.cross_selective_scan import arg_specs as cross_arg_specs
 from pallas_kernels.cross_selective_scan import arguments as cross_arguments
-from pallas_kernels.selective_scan import api, arg_specs
+from pallas_kernels.cross_selective_scan import mosaic_gpu as cross_mosaic_gpu
+from pallas_kernels.selective_scan import (
+  api,
+  arg_specs,
+  mosaic_gpu_backward_n1,
+  mosaic_gpu_backward_plan,
+  mosaic_gpu_forward_n1,
+  tuning,
+)
+from pallas_kernels.selective_scan import mosaic_gpu_common as common
 
 # An H100: memory as measured, not as sold; streaming multiprocessors, their
 # clock, and what each can start in a cycle.
@@ -115,6 +127,21 @@ def work(sizes: Sizes, direction: str, itemsize: int) -> Work:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+  """How the GPU kernels cut a call into blocks and tiles.
+
+  Attributes:
+    config: Their settings.
+    forward_channels: Channels of a block of the forward kernel.
+    backward_channels: Channels of a block of the backward kernel.
+  """
+
+  config: tuning.Config
+  forward_channels: int
+  backward_channels: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Op:
   """An operation.
 
@@ -125,6 +152,7 @@ class Op:
     specs: The calls that models make, by name.
     make_arguments: Makes the arguments of such a call.
     sizes: The sizes of such a call.
+    blocks: Of such a call and the bytes of a number, on the target device.
     describe: The sizes of such a call, for people.
   """
 
@@ -134,6 +162,7 @@ class Op:
   specs: Mapping[str, Any]
   make_arguments: Callable[..., dict[str, Any]]
   sizes: Callable[[Any], Sizes]
+  blocks: Callable[[Any, int], Blocks]
   describe: Callable[[Any], str]
 
 
@@ -162,6 +191,52 @@ def _cross_sizes(spec: cross_arg_specs.ArgSpec) -> Sizes:
   )
 
 
+def _scan_blocks(spec: arg_specs.ArgSpec, itemsize: int) -> Blocks:
+  problem = tuning.Problem(
+    b=spec.b, l=spec.l, d=spec.d, g=spec.g, n=spec.n, itemsize=itemsize
+  )
+  e = spec.d // spec.g
+  forward, wide = common.LANES, False
+  if spec.n == 1:
+    forward = mosaic_gpu_forward_n1.ScalarCell.for_channels(e).lanes
+    dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
+    wide = mosaic_gpu_backward_n1.is_wide(e, dtype)
+  return Blocks(
+    config=tuning.lookup(problem, dispatch.target_device()),
+    forward_channels=forward,
+    backward_channels=_backward_channels(spec.n, wide=wide),
+  )
+
+
+def _cross_blocks(spec: cross_arg_specs.ArgSpec, itemsize: int) -> Blocks:
+  del itemsize
+  forward = common.LANES
+  if spec.n == 1:
+    shape = (spec.b, spec.h, spec.w, spec.d)
+    forward = cross_mosaic_gpu._scalar_cell(shape).lanes
+  return Blocks(
+    config=cross_mosaic_gpu.config_for(spec.h, spec.w, spec.n),
+    forward_channels=forward,
+    backward_channels=_backward_channels(spec.n, wide=False),
+  )
+
+
+def _backward_channels(n: int, *, wide: bool) -> int:
+  """Channels of a block of the backward kernel."""
+  if n == 1:
+    return common.LANES * (2 if wide else 1)
+  # What it leaves open does not matter.
+  rest: dict[str, Any] = dict(b=1, l=1, g=1, e=1, tile=tuning.BACKWARD_TILE)
+  plan = mosaic_gpu_backward_plan.Plan(
+    n=-(-n // common.VECTOR) * common.VECTOR,
+    tiles_per_chunk=1,
+    softplus=True,
+    reverse=False,
+    **rest,
+  )
+  return plan.channels
+
+
 OPS: Final = {
   op.name: op
   for op in (
@@ -172,6 +247,7 @@ OPS: Final = {
       specs=arg_specs.ARG_SPECS,
       make_arguments=arg_specs.make_arguments,
       sizes=_scan_sizes,
+      blocks=_scan_blocks,
       describe=lambda s: f"b={s.b} l={s.l} d={s.d} n={s.n} g={s.g}",
     ),
     Op(
@@ -181,6 +257,7 @@ OPS: Final = {
       specs=cross_arg_specs.ARG_SPECS,
       make_arguments=cross_arg_specs.make_arguments,
       sizes=_cross_sizes,
+      blocks=_cross_blocks,
       describe=lambda s: f"b={s.b} h={s.h} w={s.w} d={s.d} n={s.n}",
     ),
   )

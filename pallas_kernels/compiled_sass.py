@@ -92,26 +92,35 @@ def _opcode(text: str) -> str:
   return f"{name}.{modifiers[0]}" if name == "MUFU" else name
 
 
-def nest(loops: Sequence[Loop]) -> tuple[Loop, ...]:
-  """The loops that do a kernel's work, from the outermost to the innermost.
+def nests(loops: Sequence[Loop]) -> list[tuple[Loop, ...]]:
+  """The loops that do a kernel's work, outermost first, for each of its paths.
 
-  Of those that compute exponentials the one with the most instructions, then
-  the one with the most inside it, and so on.
+  Those that compute exponentials: the one with the most instructions, then the
+  one with the most inside it, and so on. A kernel may have another such nest
+  beside it, for blocks with other work; it counts if it is half as long.
   """
-  found: list[Loop] = []
-  inside = [loop for loop in loops if loop.opcodes[EXPONENTIAL]]
-  while inside:
-    largest = max(inside, key=lambda loop: loop.instructions)
-    found.append(largest)
-    inside = [loop for loop in inside if largest.has(loop)]
-  return tuple(found)
+  working = [loop for loop in loops if loop.opcodes[EXPONENTIAL]]
+  tops = [x for x in working if not any(y.has(x) for y in working)]
+  longest = max((loop.instructions for loop in tops), default=0)
+  return [
+    _chain(top, working) for top in tops if 2 * top.instructions >= longest
+  ]
+
+
+def _chain(top: Loop, working: Sequence[Loop]) -> tuple[Loop, ...]:
+  inside = [loop for loop in working if top.has(loop)]
+  if not inside:
+    return (top,)
+  largest = max(inside, key=lambda loop: loop.instructions)
+  return (top, *_chain(largest, inside))
 
 
 def per_step(
   loops: Sequence[Loop],
+  nest: Sequence[Loop],
   steps: Sequence[float],
   measure: Callable[[Loop], int],
-) -> float | None:
+) -> float:
   """What a step of a kernel's work costs, all levels of its loops included.
 
   A loop beside a working one, for the last tokens of a tile that is not full,
@@ -119,21 +128,16 @@ def per_step(
 
   Args:
     loops: All loops of the kernel.
-    steps: The steps of work in an iteration of each loop of `nest`.
+    nest: One of `nests`.
+    steps: The steps of work in an iteration of each of its loops.
     measure: The cost of a loop's code, as `Loop.instructions`.
-
-  Returns:
-    The cost of a step; None if the kernel has another number of such loops.
   """
-  chain = nest(loops)
-  if len(chain) != len(steps):
-    return None
-  cost = float(measure(chain[-1])) / steps[-1]
-  for outer, outer_steps in reversed(
-    list(zip(chain[:-1], steps[:-1], strict=True))
-  ):
-    inside = [loop for loop in loops if outer.has(loop)]
-    direct = [x for x in inside if not any(y.has(x) for y in inside)]
-    own = measure(outer) - sum(measure(loop) for loop in direct)
-    cost += own / outer_steps
+  cost = 0.0
+  for depth, (loop, count) in enumerate(zip(nest, steps, strict=True)):
+    own = measure(loop)
+    if depth + 1 < len(nest):
+      inside = [x for x in loops if loop.has(x)]
+      direct = [x for x in inside if not any(y.has(x) for y in inside)]
+      own -= sum(measure(x) for x in direct)
+    cost += own / count
   return cost

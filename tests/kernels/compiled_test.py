@@ -1,11 +1,13 @@
 """The reader of machine code, on a sample; the compiler, where there is one."""
 
+import collections
 import dataclasses
 import re
 
 import pytest
 
 from pallas_kernels import bench_compiled, bench_ops, compiled, compiled_sass
+from pallas_kernels.selective_scan import arg_specs, tuning
 
 # The shape of a forward kernel: a loop over tiles with two tokens at a time and
 # a loop for what is left of a tile, a wait out of line, and the end.
@@ -65,16 +67,29 @@ def test_loops_are_found_and_those_after_the_end_are_not_taken_for_work():
   assert by_start[4].special_functions == 3
   assert by_start[2].has(by_start[4])
   assert not by_start[4].has(by_start[10])
-  assert [loop.start for loop in compiled_sass.nest(loops)] == [2, 4]
+  (nest,) = compiled_sass.nests(loops)
+  assert [loop.start for loop in nest] == [2, 4]
 
 
 def test_a_step_costs_its_share_of_all_loops_around_it():
   _, loops = compiled_sass.parse(SASS)
+  (nest,) = compiled_sass.nests(loops)
   # A tile of 8 tokens: 4 instructions of its own beside the loops in it.
-  cost = compiled_sass.per_step(loops, (8, 2), _instructions)
+  cost = compiled_sass.per_step(loops, nest, (8, 2), _instructions)
   assert cost == 6 / 2 + 4 / 8
-  # Not the loops that were expected.
-  assert compiled_sass.per_step(loops, (8, 4, 2), _instructions) is None
+
+
+def test_a_second_path_of_a_kernel_counts_and_a_short_loop_does_not():
+  def loop(start, instructions, exponentials=1):
+    opcodes = collections.Counter(FFMA=instructions - exponentials)
+    opcodes["MUFU.EX2"] = exponentials
+    return compiled_sass.Loop(start, opcodes, 0)
+
+  short, rows, row, columns = (
+    loop(*x) for x in ((0, 20), (30, 100), (40, 50), (200, 70))
+  )
+  nests = compiled_sass.nests([short, rows, row, columns, loop(300, 99, 0)])
+  assert nests == [(rows, row), (columns,)]
 
 
 def _kernel(**changes):
@@ -169,15 +184,47 @@ def test_missed_targets_are_named():
     assert re.search(message, clause)
 
 
-@pytest.mark.parametrize("name", bench_ops.OPS["selective_scan"].specs)
+@pytest.mark.parametrize("op", bench_ops.OPS.values(), ids=bench_ops.OPS)
+def test_the_blocks_of_every_call_are_known(op):
+  with bench_compiled.on_h100():
+    for spec in op.specs.values():
+      for itemsize in (2, 4):
+        blocks = op.blocks(spec, itemsize)
+        assert blocks.forward_channels in (128, 256)
+        assert blocks.backward_channels in (64, 128, 256)
+        assert blocks.config.tile % blocks.config.backward_tile == 0
+
+
 @pytest.mark.parametrize(
-  "kernel", ["selective_scan", "selective_scan_backward"]
+  ("kernel", "n", "channels", "exponentials", "steps"),
+  [
+    # Four tokens, each with 16 decays and a softplus; tiles of 16.
+    ("selective_scan", 16, 128, (85, 68), (16, 4)),
+    ("selective_scan", 16, 128, (85, 85, 68), (16, 8, 4)),
+    ("selective_scan", 15, 128, (85, 68), (16, 4)),  # Padded to 16 states.
+    ("selective_scan", 16, 128, (85, 67), None),
+    ("selective_scan", 16, 128, (85,), None),
+    # A lane has two channels, with a decay and a softplus each.
+    ("selective_scan", 1, 256, (32, 32), (32, 16)),
+    ("selective_scan_backward", 16, 128, (200,), (8,)),
+    ("selective_scan_backward", 32, 64, (200,), (4,)),
+    ("selective_scan_backward", 16, 128, (200, 100), None),
+    ("selective_scan_backward", 1, 128, (16, 16), (16, 8)),
+  ],
 )
-def test_the_steps_of_every_kernel_are_known(name, kernel):
-  op = bench_ops.OPS["selective_scan"]
-  steps = bench_compiled.steps(op.sizes(op.specs[name]), 2, kernel)
-  assert all(x > 0 for x in steps)
-  assert list(steps) == sorted(steps, reverse=True)
+def test_the_steps_of_loops_are_known(kernel, n, channels, exponentials, steps):
+  nest = [
+    compiled_sass.Loop(0, collections.Counter({"MUFU.EX2": x}), 0)
+    for x in exponentials
+  ]
+  spec = arg_specs.ArgSpec(b=1, l=1, d=8, n=n, source="")
+  blocks = bench_ops.Blocks(
+    config=tuning.Config(tile=16),
+    forward_channels=channels,
+    backward_channels=channels,
+  )
+  sizes = bench_ops.OPS["selective_scan"].sizes(spec)
+  assert bench_compiled.steps(nest, kernel, sizes, blocks) == steps
 
 
 def test_what_has_to_be_installed_is_said(monkeypatch):
