@@ -20,6 +20,7 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
+import re
 import sys
 from typing import Any, Final
 
@@ -43,6 +44,15 @@ _COMPILER_PACKAGES: Final = (
 )
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is no regular expression: {error}"
+    ) from error
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m pallas_kernels.bench",
@@ -57,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     "only the selective scan can be asked for, that",
   )
   parser.add_argument(
-    "--filter", default="", help="only calls whose name contains this"
+    "--filter",
+    type=_pattern,
+    default="",
+    help="only calls in whose name this regular expression is found",
   )
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
@@ -96,12 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       op for op in bench_ops.OPS.values() if "mosaic_gpu" in op.implementations
     ]
   calls = [
-    (op, name) for op in ops for name in op.specs if options.filter in name
+    (op, name) for op in ops for name in op.specs if options.filter.search(name)
   ]
   if not calls:
     names = ", ".join(name for op in ops for name in op.specs)
     parser.error(
-      f"no call has {options.filter!r} in its name; there are {names}"
+      f"no call has {options.filter.pattern!r} in its name; there are {names}"
     )
   if options.json and not options.json.parent.is_dir():
     parser.error(f"--json: there is no folder {options.json.parent}")

@@ -91,6 +91,7 @@ def test_command_line_prints_a_table_and_writes_json(
   ("arguments", "message"),
   [
     (["--filter", "resnet"], "no call has 'resnet' in its name; there are vim"),
+    (["--filter", "vim("], "'vim(' is no regular expression: "),
     (["--rounds", "0"], "--rounds must be at least 1, got 0"),
     (["convolution"], "invalid choice: 'convolution'"),
     (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
