@@ -105,7 +105,8 @@ def figures(
   with on_h100():
     blocks = op.blocks(spec, jnp.dtype(dtype).itemsize)
     kernels = compiled.kernels(
-      program(op, direction), shapes(op, spec_name, dtype)
+      bench_ops.program(op, direction, "mosaic_gpu"),
+      shapes(op, spec_name, dtype),
     )
   sizes = op.sizes(spec)
   return [
@@ -126,21 +127,6 @@ def shapes(op: bench_ops.Op, spec_name: str, dtype: str) -> dict[str, Any]:
   """The arguments of a call, without their values."""
   make = functools.partial(op.make_arguments, op.specs[spec_name])
   return jax.eval_shape(functools.partial(make, dtype=jnp.dtype(dtype)))
-
-
-def program(op: bench_ops.Op, direction: str):
-  """A function of a call's arguments that runs the kernels of a direction."""
-
-  def forward(arguments):
-    return op.function(
-      **arguments, delta_softplus=True, implementation="mosaic_gpu"
-    )
-
-  def both(arguments):
-    y, back = jax.vjp(forward, arguments)
-    return y, back(y)
-
-  return forward if direction == bench_ops.FORWARD else both
 
 
 def steps(

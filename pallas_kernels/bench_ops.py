@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
@@ -164,6 +165,27 @@ class Op:
   sizes: Callable[[Any], Sizes]
   blocks: Callable[[Any, int], Blocks]
   describe: Callable[[Any], str]
+
+
+def program(
+  op: Op, direction: str, implementation: str
+) -> Callable[[dict[str, Any]], Any]:
+  """A function of a call's arguments that does what is timed.
+
+  Forward it computes y; in the other direction y and, with y for its gradient,
+  the gradients of all arguments.
+  """
+
+  def forward(arguments):
+    return op.function(
+      **arguments, delta_softplus=True, implementation=implementation
+    )
+
+  def both(arguments):
+    y, back = jax.vjp(forward, arguments)
+    return y, back(y)
+
+  return forward if direction == FORWARD else both
 
 
 def _scan_sizes(spec: arg_specs.ArgSpec) -> Sizes:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 from typing import Any, Final
 
 import jax
@@ -62,7 +61,7 @@ def time_call(
       timing = gpu_suite_peers.time_mamba_ssm(op, arrays, direction, settings)
       found[direction] = dataclasses.asdict(timing)
       continue
-    call = _program(op, implementation, direction)
+    call = jax.jit(bench_ops.program(op, direction, implementation))
     rotation = bench_timing.copies(arrays, settings.rotation_bytes)
     timing = bench_timing.measure(
       call,
@@ -87,23 +86,6 @@ def bandwidth(steps: Sequence[dict[str, Any]]) -> float | None:
   """What `copy_bandwidth` found in this run."""
   rates = [x["bytes_per_second"] for x in steps if "bytes_per_second" in x]
   return rates[-1] if rates else None
-
-
-def _program(
-  op: bench_ops.Op, implementation: str, direction: str
-) -> Callable[[Any], Any]:
-  function = functools.partial(
-    op.function, delta_softplus=True, implementation=implementation
-  )
-
-  def forward(arrays):
-    return function(**arrays)
-
-  def both(arrays):
-    y, back = jax.vjp(forward, arrays)
-    return y, back(y)
-
-  return jax.jit(forward if direction == bench_ops.FORWARD else both)
 
 
 def _device_times(call: Callable[[Any], Any], rotation: Sequence[Any]) -> Any:

@@ -244,7 +244,7 @@ def test_lowered_kernels_say_how_they_start():
   name = "mambavision_tiny_stage3"
   with bench_compiled.on_h100():
     found = compiled.lowered_kernels(
-      bench_compiled.program(op, bench_ops.FORWARD),
+      bench_ops.program(op, bench_ops.FORWARD, "mosaic_gpu"),
       bench_compiled.shapes(op, name, "bfloat16"),
     )
   spec = op.specs[name]
