@@ -137,27 +137,26 @@ def steps(
 ) -> tuple[float, ...] | None:
   """Tokens times channels that a thread does in an iteration of each loop.
 
-  None if these are not the loops of such a kernel. Forward they are one over
-  tiles, with checkpoints perhaps one over what lies between these, and one over
-  a few tokens, of which the exponentials tell how many. Backward there is one
-  over tiles, and with one state another over checkpoints.
+  None if these are not the loops of such a kernel. The backward kernel for
+  several states has one loop, over tiles. The others have, inside that, with
+  checkpoints perhaps one over what lies between these, and one over a few
+  tokens, of which the exponentials tell how many; or all of this is one loop.
   """
   config = blocks.config
-  if kernel.endswith("_backward"):
-    lanes = blocks.backward_channels / _THREADS
-    tokens = (config.backward_tile,)
-    if sizes.n == 1:
-      tile = max(config.backward_tile, mosaic_gpu_backward_n1.TOKENS)
-      tokens = (tile, config.backward_tile)
-    return (
-      tuple(lanes * x for x in tokens) if len(nest) == len(tokens) else None
-    )
-  lanes = blocks.forward_channels / _THREADS
   states = sizes.n if sizes.n == 1 else -(-sizes.n // common.VECTOR) * 4
+  tile, channels = config.tile, blocks.forward_channels
+  is_backward = kernel.endswith("_backward")
+  if is_backward:
+    tile, channels = config.backward_tile, blocks.backward_channels
+  lanes = channels / _THREADS
+  if is_backward and sizes.n > 1:
+    return (lanes * tile,) if len(nest) == 1 else None
+  if is_backward:
+    tile = max(tile, mosaic_gpu_backward_n1.TOKENS)
   inner = nest[-1].opcodes[compiled_sass.EXPONENTIAL] / (
     states + 1 + (sizes.gate and not kernel.endswith("_states"))
   )
-  outer = {2: (config.tile,), 3: (config.tile, config.backward_tile)}
+  outer = {1: (), 2: (tile,), 3: (tile, config.backward_tile)}
   if len(nest) not in outer or inner % lanes:
     return None
   return (*(lanes * x for x in outer[len(nest)]), inner)

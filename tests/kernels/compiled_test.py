@@ -203,13 +203,15 @@ def test_the_blocks_of_every_call_are_known(op):
     ("selective_scan", 16, 128, (85, 85, 68), (16, 8, 4)),
     ("selective_scan", 15, 128, (85, 68), (16, 4)),  # Padded to 16 states.
     ("selective_scan", 16, 128, (85, 67), None),
-    ("selective_scan", 16, 128, (85,), None),
+    ("selective_scan", 16, 128, (85,), (5,)),
+    ("selective_scan", 16, 128, (85, 85, 85, 85), None),
     # A lane has two channels, with a decay and a softplus each.
     ("selective_scan", 1, 256, (32, 32), (32, 16)),
     ("selective_scan_backward", 16, 128, (200,), (8,)),
     ("selective_scan_backward", 32, 64, (200,), (4,)),
     ("selective_scan_backward", 16, 128, (200, 100), None),
     ("selective_scan_backward", 1, 128, (16, 16), (16, 8)),
+    ("selective_scan_backward", 1, 128, (16,), (8,)),
   ],
 )
 def test_the_steps_of_loops_are_known(kernel, n, channels, exponentials, steps):
