@@ -232,6 +232,7 @@ def _steps(
       dtype=dtype,
       batch_factor=larger,
       implementation=contender,
+      profile=contender == implementation and dtype == "bfloat16",
       settings=settings,
       steps=results["steps"],
     )

@@ -34,6 +34,7 @@ def time_call(
   dtype: str,
   batch_factor: int,
   implementation: str,
+  profile: bool,
   settings: Any,
   steps: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -45,12 +46,13 @@ def time_call(
     dtype: That of its sequences.
     batch_factor: How many times its batch.
     implementation: One of the operation's, or `PEER`.
+    profile: Whether to ask the profiler, too, which takes seconds.
     settings: Those of the suite.
     steps: The results so far, for the bandwidth.
 
   Returns:
     For each direction the times, the floor by the constants of `bench_ops` and
-    by the bandwidth of this run, and what the profiler saw.
+    by the bandwidth of this run, and, by kernel, what the profiler saw.
   """
   spec = dataclasses.replace(op.specs[name], b=op.specs[name].b * batch_factor)
   arrays = op.make_arguments(spec, dtype=jnp.dtype(dtype))
@@ -77,8 +79,9 @@ def time_call(
       "exponentials": work.exponentials,
       "fmas": work.fmas,
       "bytes_at_copy_rate_us": 1e6 * work.bytes / rate if rate else None,
-      "device_us": _device_times(call, rotation),
     }
+    if profile:
+      found[direction]["device_us"] = _device_times(call, rotation)
   return found
 
 
