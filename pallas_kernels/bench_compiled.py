@@ -153,7 +153,7 @@ def steps(
     return (lanes * tile,) if len(nest) == 1 else None
   if is_backward:
     tile = max(tile, mosaic_gpu_backward_n1.TOKENS)
-  inner = nest[-1].opcodes[compiled_sass.EXPONENTIAL] / (
+  inner = nest[-1].exponentials / (
     states + 1 + (sizes.gate and not kernel.endswith("_states"))
   )
   outer = {1: (), 2: (tile,), 3: (tile, config.backward_tile)}

@@ -28,17 +28,26 @@ _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 class Loop:
   """The instructions of a loop, those of loops inside it included.
 
+  Or of a block with exponentials that a branch may skip: what the compiler
+  makes of a loop which it knows to run at most once.
+
   Attributes:
     start: Index of its first instruction in the kernel.
     opcodes: How often each instruction occurs, without modifiers ("FFMA");
       of the special function unit with the function ("MUFU.EX2").
     stall_cycles: Cycles that a warp waits after issuing them, one by one. What
       it waits for loads comes on top.
+    repeats: Whether it is a loop.
   """
 
   start: int
   opcodes: collections.Counter[str]
   stall_cycles: int
+  repeats: bool = True
+
+  @property
+  def exponentials(self) -> int:
+    return self.opcodes[EXPONENTIAL]
 
   @property
   def instructions(self) -> int:
@@ -59,7 +68,7 @@ class Loop:
 
 
 def parse(text: str) -> tuple[collections.Counter[str], tuple[Loop, ...]]:
-  """How often each instruction of a kernel occurs, and its loops."""
+  """How often each instruction of a kernel occurs, and all its `Loop`s."""
   opcodes: list[str] = []
   stalls: list[int] = []
   branches: list[tuple[int, str]] = []
@@ -80,11 +89,18 @@ def parse(text: str) -> tuple[collections.Counter[str], tuple[Loop, ...]]:
     # back too; and a kernel ends by jumping to itself.
     if start < end and "EXIT" not in opcodes[start:end]:
       ends[start] = end + 1
-  loops = tuple(
-    Loop(start, collections.Counter(opcodes[start:end]), sum(stalls[start:end]))
-    for start, end in ends.items()
+  loops = [(start, end, True) for start, end in ends.items()]
+  for start, label in branches:
+    end = labels.get(label, start)
+    block = opcodes[start + 1 : end]
+    if EXPONENTIAL in block and not {"BRA", "EXIT"} & {*block}:
+      loops.append((start + 1, end, False))
+  return collections.Counter(opcodes), tuple(
+    Loop(
+      start, collections.Counter(opcodes[start:end]), sum(stalls[start:end]), x
+    )
+    for start, end, x in loops
   )
-  return collections.Counter(opcodes), loops
 
 
 def _opcode(text: str) -> str:
@@ -99,7 +115,7 @@ def nests(loops: Sequence[Loop]) -> list[tuple[Loop, ...]]:
   one with the most inside it, and so on. A kernel may have another such nest
   beside it, for blocks with other work; it counts if it is half as long.
   """
-  working = [loop for loop in loops if loop.opcodes[EXPONENTIAL]]
+  working = [loop for loop in loops if loop.repeats and loop.exponentials]
   tops = [x for x in working if not any(y.has(x) for y in working)]
   longest = max((loop.instructions for loop in tops), default=0)
   return [
@@ -124,7 +140,8 @@ def per_step(
   """What a step of a kernel's work costs, all levels of its loops included.
 
   A loop beside a working one, for the last tokens of a tile that is not full,
-  is taken as never run.
+  is taken as never run; and so is a block that may be skipped, if it has at
+  most half as many exponentials.
 
   Args:
     loops: All loops of the kernel.
@@ -136,7 +153,12 @@ def per_step(
   for depth, (loop, count) in enumerate(zip(nest, steps, strict=True)):
     own = measure(loop)
     if depth + 1 < len(nest):
-      inside = [x for x in loops if loop.has(x)]
+      most = nest[depth + 1].exponentials / 2
+      inside = [
+        x
+        for x in loops
+        if loop.has(x) and (x.repeats or x.exponentials <= most)
+      ]
       direct = [x for x in inside if not any(y.has(x) for y in inside)]
       own -= sum(measure(x) for x in direct)
     cost += own / count

@@ -79,6 +79,26 @@ def test_a_step_costs_its_share_of_all_loops_around_it():
   assert cost == 6 / 2 + 4 / 8
 
 
+def test_a_block_that_may_be_skipped_is_not_counted():
+  """The loop for the rest of a tile has become a branch over one token."""
+  text = SASS.replace(".L_x_3:\n", "   @P2 BRA `(.L_x_3)\n")
+  text = text.replace(
+    "/*00b0*/               @P2 BRA `(.L_x_3)", "/*00b0*/  FADD R1, R2, R3"
+  ).replace(
+    "   -:-:-:Y:01        /*00c0*/", ".L_x_3:\n   -:-:-:Y:01        /*00c0*/"
+  )
+  text = text.replace(
+    "   @P2 BRA `(.L_x_3)", "   -:-:-:Y:05  /*0098*/  @P2 BRA `(.L_x_3)"
+  )
+  _, loops = compiled_sass.parse(text)
+  (block,) = (loop for loop in loops if not loop.repeats)
+  assert block.opcodes == {"MUFU.EX2": 1, "FADD": 1}
+  (nest,) = compiled_sass.nests(loops)
+  # The branch itself is run; the two tokens have twice the exponentials.
+  cost = compiled_sass.per_step(loops, nest, (8, 2), _instructions)
+  assert cost == 6 / 2 + 5 / 8
+
+
 def test_a_second_path_of_a_kernel_counts_and_a_short_loop_does_not():
   def loop(start, instructions, exponentials=1):
     opcodes = collections.Counter(FFMA=instructions - exponentials)
