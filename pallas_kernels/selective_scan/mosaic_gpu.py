@@ -5,11 +5,12 @@ at the first token of every few in memory; the backward kernel
 (`mosaic_gpu_backward`) computes the states between again. Nothing of size
 b l d n is ever stored.
 
-Both want channels in whole 16-byte units for each group, states in multiples
-of four and float32 for all that is not a sequence of channels. `_prepare`
-sees to that with JAX operations, outside the custom derivative. Only if the
-channels of a group are not a multiple of 8 (bfloat16) or 4 (float32) are u,
-delta and z copied to padded arrays, once each: TMA has no shorter strides.
+Both want states in multiples of four and float32 for all that is not a sequence
+of channels. `_prepare` sees to that with JAX operations, outside the custom
+derivative. TMA wants channels in whole 16-byte units for each group: if they
+are not a multiple of 8 (bfloat16) or 4 (float32), parameters and states are
+padded, u, delta, z and dy come token by token (`mosaic_gpu_walk`), and y and
+the gradients are written with room between groups, which is cut out of them.
 
 b batch, l length, d channels, n state size, g groups, e = d // g channels of a
 group.
@@ -31,6 +32,7 @@ from pallas_kernels.selective_scan import (
   mosaic_gpu_common,
   mosaic_gpu_forward,
   mosaic_gpu_forward_n1,
+  mosaic_gpu_walk,
   tuning,
 )
 
@@ -136,8 +138,10 @@ class _Statics(NamedTuple):
 class _Inputs(NamedTuple):
   """The arrays of a scan as the kernels take them.
 
-  All but u, delta and z are float32. For n > 1, n is a multiple of 4; for
-  n = 1, B and C are (b, g, l) with l padded to a multiple of 4.
+  All but u, delta and z are float32, and have d channels, those of u, or more,
+  those of each group rounded up to whole 16-byte units. For n > 1, n is a
+  multiple of 4; for n = 1, B and C are (b, g, l) with l padded to a multiple of
+  4.
   """
 
   u: Float[Array, "b l d"]
@@ -186,7 +190,6 @@ def selective_scan(
   statics = _Statics(options.delta_softplus, options.reverse, config, interpret)
   y, state = _scan(statics, _prepare(args))
   e = d // g
-  y = y.reshape(b, l, g, -1)[..., :e].reshape(b, l, d)
   state = state.reshape(b, g, -1, state.shape[-1])[:, :, :e, :n]
   return y, state.reshape(b, d, n)
 
@@ -217,13 +220,13 @@ def _prepare(args: arguments.Arguments) -> _Inputs:
     return None if x is None else function(x)
 
   return _Inputs(
-    u=channels(args.u, axis=2),
-    delta=channels(args.delta, axis=2),
+    u=args.u,
+    delta=args.delta,
     A=channels(states(args.A), axis=0),
     B=rows(args.B),
     C=rows(args.C),
     D=maybe(lambda x: channels(x.astype(jnp.float32), axis=0), args.D),
-    z=maybe(lambda x: channels(x, axis=2), args.z),
+    z=args.z,
     delta_bias=maybe(
       lambda x: channels(x.astype(jnp.float32), axis=0), args.delta_bias
     ),
@@ -296,9 +299,9 @@ def _run_forward(
   statics: _Statics, inputs: _Inputs, *, checkpoint_tile: int
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Returns y, the final state and the checkpoints (None without)."""
-  b, l, d = inputs.u.shape
+  b, l, _ = inputs.u.shape
   g = inputs.B.shape[1]
-  n = inputs.A.shape[1]
+  d, n = inputs.A.shape
   if n == 1:
     cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(d // g)
   else:
@@ -308,6 +311,7 @@ def _run_forward(
     l=l,
     g=g,
     e=d // g,
+    width=mosaic_gpu_walk.width_of(inputs.u, inputs.A, g),
     config=statics.config,
     cell=cell,
     softplus=statics.delta_softplus,

@@ -40,6 +40,7 @@ from pallas_kernels.selective_scan import (
   mosaic_gpu_backward_plan,
   mosaic_gpu_forward,
   mosaic_gpu_forward_n1,
+  mosaic_gpu_walk,
   tuning,
 )
 from pallas_kernels.selective_scan import mosaic_gpu_common as common
@@ -70,7 +71,7 @@ def backward(
   """Gradients of the scan, from those of its output and its final state.
 
   Args:
-    u: Input. The channels of a group, d // g, are a multiple of 16 bytes.
+    u: Input; of as many channels as A, or fewer in each group.
     delta: Step sizes.
     A: State matrix; n is 1 or a multiple of 4.
     B: Input matrix; for n = 1 (b, g, l), with l padded to a multiple of 4.
@@ -92,8 +93,9 @@ def backward(
     first token in scan order; None for what was not given.
   """
   inputs = Inputs(u, delta, A, B, C, D, z, delta_bias, checkpoints, dy, dstate)
-  b, l, d = u.shape
+  b, l, _ = u.shape
   g, n = B.shape[1], A.shape[1]
+  e = A.shape[0] // g
   tile = config.backward_tile
   if n == 1:
     tile = math.lcm(tile, mosaic_gpu_backward_n1.TOKENS)
@@ -106,7 +108,8 @@ def backward(
     b=b,
     l=l,
     g=g,
-    e=d // g,
+    e=e,
+    width=mosaic_gpu_walk.width_of(u, A, g),
     tile=tile,
     tiles_per_chunk=common.cdiv(tokens, tile),
     softplus=softplus,
@@ -118,7 +121,7 @@ def backward(
     inputs,
     mosaic_gpu_backward_n1.Plan(
       checkpoint_tile=config.backward_tile,
-      wide=mosaic_gpu_backward_n1.is_wide(d // g, u.dtype),
+      wide=mosaic_gpu_backward_n1.is_wide(e, u.dtype),
       **sizes,
     ),
     interpret,
@@ -138,19 +141,21 @@ def _first_phase(
   it. As in the forward scan (`mosaic_gpu_chunked`) every chunk is run on its
   own first, from zero; here by the recurrence of the derivative.
   """
-  b, l, d = inputs.u.shape
+  b, l, _ = inputs.u.shape
   g, n = inputs.B.shape[1], inputs.A.shape[1]
+  e = inputs.A.shape[0] // g
   # Chunks of whole tiles in both phases.
   tile = math.lcm(config.tile, tile)
   cell: mosaic_gpu_forward.Cell = mosaic_gpu_forward.VectorCell(n)
   if n == 1:
-    cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(d // g)
+    cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(e)
     tile = math.lcm(tile, 32)  # A copy of C has at least 128 bytes.
   return mosaic_gpu_forward.Plan(
     b=b,
     l=l,
     g=g,
-    e=d // g,
+    e=e,
+    width=mosaic_gpu_walk.width_of(inputs.u, inputs.A, g),
     config=dataclasses.replace(config, tile=tile),
     cell=cell,
     softplus=softplus,
@@ -223,7 +228,7 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
     if x is None:
       continue
     if name in ("u", "delta", "z", "dy"):
-      x = x.reshape(plan.sequence_shape(name))
+      x = plan.view(x, name)
     elif name in ("B", "C"):
       x = x.reshape(b * g, l, *states)
     elif name == "checkpoints":
@@ -282,7 +287,7 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
   out: dict[str, Any] = dict.fromkeys(Outputs._fields)
   for name, x in results.items():
     if name in ("u", "delta", "z"):
-      x = x.reshape(b, -1, d)
+      x = plan.unview(x)
     elif name in ("B", "C"):
       x = x.reshape(b, g, -1, l, n).sum(2)
     elif name in ("A", "dstate"):

@@ -61,7 +61,7 @@ def scratch_types(
   scratch["over_channels"] = plgpu.SMEM((group, *plan.part_shape), jnp.float32)
   shape = (2, plan.vectors, group * plan.rows + _padding(plan), plan.inner)
   scratch["over_states"] = plgpu.SMEM(shape, jnp.float32)
-  count = len(_sequences(arrays))
+  count = len(_sequences(arrays)) * plan.copies(tile)
   scratch["sequences_arrived"] = plgpu.Barrier(num_arrivals=count)
   scratch["rows_arrived"] = plgpu.Barrier(num_arrivals=2, num_barriers=2)
   scratch["state_arrived"] = plgpu.Barrier()
@@ -321,9 +321,9 @@ class _Block:
     layout = plan.flat_layout(shape)
 
     def load(name):
-      return common.load(
-        refs[name + "_smem"].at[pl.ds(row, plan.group)], layout
-      )
+      ref = refs[name + "_smem"].at[pl.ds(row, plan.group)]
+      x = common.load(ref, layout)
+      return plan.of_group(x, layout, self.channels, remaining - row)
 
     def store(name, x):
       common.store(refs[name + "_staged"].at[self._group_rows(row)], x)

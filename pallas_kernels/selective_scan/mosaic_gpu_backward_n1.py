@@ -119,7 +119,7 @@ def _blocked(
     if x is None or name in ("B", "C"):
       continue
     if name in ("u", "delta", "z", "dy"):
-      x = x.reshape(plan.sequence_shape(name))
+      x = plan.view(x, name)
     elif name == "checkpoints":
       x = x.reshape(b, -1, g, e)
     else:
@@ -162,7 +162,7 @@ def _unblocked(
   out: dict[str, Any] = dict.fromkeys(fields)
   for name, x in results.items():
     if name in ("u", "delta", "z"):
-      x = x.reshape(b, -1, d)
+      x = plan.unview(x)
     elif name in ("B", "C"):
       x = x.reshape(b, g, plan.channel_blocks, -1).sum(2)
     elif name == "dstate":
@@ -191,7 +191,7 @@ def _scratch_types(arrays: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
   scratch["checkpoints_smem"] = plgpu.SMEM(shape, jnp.float32)
   shape = (2 * tile, plan.channels + _PADDING)
   scratch["contributions"] = plgpu.SMEM(shape, jnp.float32)
-  count = len(_sequences(arrays)) + 2
+  count = len(_sequences(arrays)) * plan.copies(tile) + 2
   scratch["arrived"] = plgpu.Barrier(num_arrivals=count, num_barriers=2)
   return scratch
 
@@ -386,7 +386,8 @@ class _Block:
     refs, plan = self.refs, self.plan
 
     def load(name):
-      return self._load(refs[name + "_smem"].at[slot, row])
+      x = self._load(refs[name + "_smem"].at[slot, row])
+      return plan.of_group(x, self.layout, self.channels, remaining - row)
 
     u, delta, dy = load("u"), load("delta"), load("dy")
     slope = gate = None

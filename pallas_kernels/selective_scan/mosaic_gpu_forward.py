@@ -8,7 +8,8 @@ next ones while this one is computed; y leaves the same way.
 
 Ragged sizes cost no copies: TMA fills what it reads beyond the channels of a
 group or the last token with zeros, and does not write there. Steps beyond the
-last token are not run at all.
+last token are not run at all. For widths that TMA cannot take so, see
+`mosaic_gpu_walk`.
 
 b batch, l length, d channels, n state size, g groups, e = d // g channels of a
 group, k chunks.
@@ -77,7 +78,7 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
     if x is None:
       continue
     if name in ("u", "delta", "z"):
-      arrays[name] = x.reshape(plan.sequence_shape(name))
+      arrays[name] = plan.view(x, name)
     elif name in ("B", "C"):
       arrays[name] = x
     elif name == "state":
@@ -114,7 +115,7 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
   out: dict[str, Any] = dict.fromkeys(Outputs._fields)
   for name, x in results.items():
     if name == "y":
-      out[name] = x.reshape(plan.b, -1, d)
+      out[name] = plan.unview(x)
     else:
       n = plan.cell.state_shape()[1:] if name != "delta_sum" else ()
       out[name] = x.reshape(plan.b, -1, d, *n)

@@ -45,8 +45,11 @@ def scratch_types(
     scratch["state_smem"] = plgpu.SMEM(shape, jnp.float32)
   if "delta_sum" in out_type:
     scratch["delta_sum_smem"] = plgpu.SMEM((lanes,), jnp.float32)
+  arrivals = sum(
+    1 if name in ("B", "C") else plan.copies(tile) for name in _streamed(arrays)
+  )
   scratch["arrived"] = plgpu.Barrier(
-    num_arrivals=len(_streamed(arrays)), num_barriers=buffers
+    num_arrivals=arrivals, num_barriers=buffers
   )
   if "state" in arrays:
     scratch["state_arrived"] = plgpu.Barrier()
@@ -223,8 +226,13 @@ def _write_state(source: Any, target: Any, place: Place) -> None:
 
 
 class _Constants(NamedTuple):
-  """What a lane keeps in registers beside its state."""
+  """What a lane keeps in registers beside its state.
 
+  Attributes:
+    channels: Which channels of the group the block has.
+  """
+
+  channels: Any
   A: tuple[jax.Array, ...]
   D: jax.Array | None
   delta_bias: jax.Array | None
@@ -238,7 +246,7 @@ def _load_constants(refs: Refs, cell: Cell, place: Place) -> _Constants:
     return common.load(ref, cell.channel_layout())
 
   A = cell.load_state(refs["A"].at[place.group, place.channels])
-  return _Constants(A, load("D"), load("delta_bias"))
+  return _Constants(place.channels, A, load("D"), load("delta_bias"))
 
 
 def _tokens_in(plan: Plan, tile: Any, place: Place) -> Any:
@@ -300,7 +308,8 @@ def _scan_unrolled(here, constants, plan, tokens, carry):
 
   # All loads first: they take tens of cycles, and nothing here waits for one.
   def rows(name):
-    return [common.load(here[name].at[t], layout) for t in tokens]
+    loaded = [common.load(here[name].at[t], layout) for t in tokens]
+    return [plan.of_group(x, layout, constants.channels) for x in loaded]
 
   u, delta = rows("u"), rows("delta")
   z = rows("z") if "z" in here else None

@@ -4,14 +4,21 @@ What has one number per token and channel (u, delta, z, y and the gradients of
 these) moves between memory and the kernels through `Walk` alone, tile by tile,
 so that a subclass may lay tokens out in another way than one after the other.
 
+TMA moves a tile at once only if the channels of a group are whole 16-byte
+units. Where they are not, what comes is seen as one row of numbers, which has
+no strides to be aligned, and each token is copied by itself; more channels come
+with it, which `Walk.of_group` takes out. What goes has room for whole units.
+
 b batch, l length, d channels, g groups, e = d // g channels of a group.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
+import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -24,6 +31,22 @@ from pallas_kernels.selective_scan import mosaic_gpu_common as common
 Windows = Sequence[tuple[Any, Any]]
 
 
+class Rows(NamedTuple):
+  """Tokens of a sequence that is one row of numbers.
+
+  Attributes:
+    ref: The sequence.
+    first: Where the first token begins.
+    step: From there to the next.
+    size: Numbers of each.
+  """
+
+  ref: Any
+  first: Any
+  step: int
+  size: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Walk:
   """A scan over sequences of tokens, group by group; the base of all plans.
@@ -32,9 +55,10 @@ class Walk:
     b: Batch size.
     l: Tokens of what is stored for all channels at once, B, C and checkpoints.
     g: Groups of channels.
-    e: Channels of a group.
+    e: Channels of a group, whole 16-byte units of them.
     softplus: Whether delta goes through softplus.
     reverse: Whether the scan goes from the last token to the first.
+    width: Channels that a group has in the sequences which come, if not `e`.
   """
 
   # Of the kernels, in profiles and in lowered programs.
@@ -46,9 +70,29 @@ class Walk:
   e: int
   softplus: bool
   reverse: bool
+  width: int | None = None
+
+  def view(self, x: jax.Array, name: str) -> jax.Array:
+    """u, delta, z or dy as the kernels see it."""
+    if self.width is None:
+      return x.reshape(self.sequence_shape(name))
+    x = x.reshape(-1)
+    # A copy, but rarely: the size is a stride under `vmap`.
+    unit = common.TMA_BYTES // x.dtype.itemsize
+    return jnp.pad(x, (0, -x.size % unit)) if x.size % unit else x
+
+  def unview(self, x: jax.Array) -> jax.Array:
+    """y, du, ddelta or dz, as the kernels write it, as (b, l, d)."""
+    if self.width is not None:
+      x = x[..., : self.width]
+    return x.reshape(self.b, -1, self.g * (self.width or self.e))
+
+  def copies(self, size: int) -> int:
+    """In how many copies a tile of a sequence comes."""
+    return 1 if self.width is None else size
 
   def sequence_shape(self, name: str) -> tuple[int, ...]:
-    """Of u, delta, z, y, dy, du, ddelta or dz, as the kernels see it."""
+    """Of u, delta, z, y, dy, du, ddelta or dz, unless it is one row."""
     del name
     return (self.b, self.l, self.g, self.e)
 
@@ -88,25 +132,72 @@ class Walk:
 
   def windows(
     self, ref: Any, tile: Any, size: int, *, row: Any, group: Any, channels: Any
-  ) -> Windows:
+  ) -> Windows | Rows:
     """A tile of a sequence, (size, channels)."""
+    if self.width is not None and len(ref.shape) == 1:
+      token = row * self.l + tile * size
+      first = (token * self.g + group) * self.width + channels.start
+      return Rows(ref, first, self.g * self.width, channels.size)
     tokens = pl.ds(tile * size, size)
     return [(None, ref.at[row, tokens, group, channels])]
+
+  def of_group(
+    self, x: jax.Array, layout: Any, channels: Any, left: Any = None
+  ) -> jax.Array:
+    """Zero for what came beside the tokens and channels of a group.
+
+    Args:
+      x: Of (channels,) or (tokens, channels).
+      layout: The layout of `x`.
+      channels: Those of the block.
+      left: Tokens from the first of `x` on; None if there are enough.
+    """
+    if self.width is None:
+      return x
+    channel = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    channel = plgpu.layout_cast(channel, layout) + channels.start
+    zeros, width = common.zeros(x.shape, layout), jnp.int32(self.width)
+    if left is not None and x.ndim == 1:
+      width = jnp.where(left > 0, width, 0)
+    # No products: what came may be infinite.
+    x = jnp.where(channel < width, x, zeros)
+    if left is not None and x.ndim == 2:
+      token = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+      x = jnp.where(plgpu.layout_cast(token, layout) < left, x, zeros)
+    return x
 
   def run(self, program: Callable[[Self], None]) -> None:
     """Runs the program of a block with the plan that this block has."""
     program(self)
 
 
-def copy_in(windows: Windows, target: Any, barrier: Any) -> None:
-  """Starts the copy to shared memory."""
+def width_of(u: jax.Array, A: jax.Array, g: int) -> int | None:
+  """`Walk.width` for the channels of a sequence and those of a parameter."""
+  return None if u.shape[2] == A.shape[0] else u.shape[2] // g
+
+
+def copy_in(windows: Windows | Rows, target: Any, barrier: Any) -> None:
+  """Starts the copy, or copies, to shared memory."""
+  if isinstance(windows, Rows):
+    _copy_rows(windows, target, barrier)
+    return
   for condition, source in windows:
     copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, barrier)
     _run_if(condition, copy)
 
 
-def copy_out(source: Any, windows: Windows) -> None:
+def _copy_rows(rows: Rows, target: Any, barrier: Any) -> None:
+  def copy(i, carry):
+    numbers = pl.ds(rows.first + i * rows.step, rows.size)
+    plgpu.copy_gmem_to_smem(rows.ref.at[numbers], target.at[i], barrier)
+    return carry
+
+  lax.fori_loop(jnp.int32(0), jnp.int32(target.shape[0]), copy, jnp.int32(0))
+
+
+def copy_out(source: Any, windows: Windows | Rows) -> None:
   """Starts the copy from shared memory."""
+  assert not isinstance(windows, Rows)  # Only what comes may be one row.
   for condition, target in windows:
     _run_if(
       condition, functools.partial(plgpu.copy_smem_to_gmem, source, target)

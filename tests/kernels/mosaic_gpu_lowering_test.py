@@ -117,6 +117,18 @@ def test_awkward_sizes_lower_in_float32_and_reverse(name):
   assert len(kernels(text)) == 2
 
 
+def test_widths_that_no_tma_stride_allows_cost_no_copy_of_what_comes():
+  spec = arg_specs.ArgSpec(b=8, l=50, d=147, n=8, g=3, gate=True, source="")
+  with on_h100():
+    text = lower(gradient(scan()), shapes(spec))
+  assert len(kernels(text)) == 2
+  # Nothing as long as a sequence is padded, and those that come stay as wide
+  # as they are; what goes has room between its groups.
+  assert not re.search(r"stablehlo.pad.*tensor<[\dx]*50x[\dx]+bf16>", text)
+  assert "tensor<58800xbf16>" in text
+  assert "8x50x3x56xbf16" in text
+
+
 def test_the_name_and_none_take_the_same_kernels():
   spec = arg_specs.ArgSpec(b=264, l=20, d=128, n=4, source="")
   with on_h100():

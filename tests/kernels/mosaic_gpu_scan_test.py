@@ -59,6 +59,26 @@ class _MosaicGpuSuite(suite.SelectiveScanSuite):
     )
     suite.assert_matches(got, suite.expected(case))
 
+  def test_infinity_stays_in_its_group_and_batch_row(self):
+    """Also where tiles have to be copied with channels of the next ones."""
+    case = suite.Case((2, 7, 6, 2, 2), ("z",))
+    arrays = suite.make_arrays(case)
+    run = functools.partial(suite.jitted_run, self.IMPLEMENTATION, case.options)
+    want = run(arrays)
+    for name in ("u", "delta", "z", "dy"):
+      arrays[name] = arrays[name].copy()
+      arrays[name][1] = arrays[name][:, :, 3:] = np.inf
+    got = run(arrays)
+    for i, names in enumerate((("y",), ("u", "delta", "z"))):
+      for name in names:
+        np.testing.assert_array_equal(
+          got[i][name][0, :, :3], want[i][name][0, :, :3], name
+        )
+    for name in "BC":
+      np.testing.assert_array_equal(
+        got[1][name][0, :, 0], want[1][name][0, :, 0], name
+      )
+
   def test_steps_of_a_millionth_have_accurate_gradients(self):
     """exp(x) is 1e-6 there: 1 + exp(x) would keep one digit of it."""
     case = suite.Case((1, 5, 4, 2, 1), options=(("delta_softplus", True),))
