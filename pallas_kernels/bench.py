@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(f"--rounds must be at least 1, got {options.rounds}")
   if options.dtype and not options.compiled:
     parser.error("--dtype goes with --compiled only")
+  if options.json and options.tune:
+    parser.error("--tune writes the table beside selective_scan/tuning.py")
   several = options.compiled or options.suite
   if not several and options.op not in (None, "selective_scan"):
     parser.error(f"{options.op} can be asked for with --compiled or --suite")

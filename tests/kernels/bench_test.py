@@ -98,6 +98,7 @@ def test_command_line_prints_a_table_and_writes_json(
     (["--dtype", "bfloat16"], "--dtype goes with --compiled only"),
     (["cross_selective_scan", "--tune"], "with --compiled or --suite"),
     (["--tune", "--compiled"], "not allowed with argument"),
+    (["--tune", "--json", "x.json"], "--tune writes the table beside"),
   ],
 )
 def test_wrong_command_lines_are_explained(arguments, message, capsys):
@@ -107,16 +108,18 @@ def test_wrong_command_lines_are_explained(arguments, message, capsys):
   assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--tune"], ["--suite", "gpu"]])
-def test_without_a_gpu_it_says_so(arguments, tmp_path, capsys):
-  path = tmp_path / "results.json"
-  code = bench.main([*arguments, "--filter", "vim", "--json", str(path)])
+@pytest.mark.parametrize(
+  "arguments", [["--tune"], ["--suite", "gpu", "--json", "results.json"]]
+)
+def test_without_a_gpu_it_says_so(arguments, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code = bench.main([*arguments, "--filter", "vim"])
   assert code == bench.UNAVAILABLE == 69
   captured = capsys.readouterr()
   assert "needs an NVIDIA GPU of compute capability" in captured.err
   assert "not cpu" in captured.err
   assert not captured.out
-  assert not path.exists()
+  assert not [*tmp_path.iterdir()]
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
