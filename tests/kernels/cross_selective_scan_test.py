@@ -33,7 +33,10 @@ KERNELS = (
     ],
   ),
 )
-OPTIMISED = ("xla_sequential", "xla_associative", *KERNELS)
+XLA = ("xla_sequential", "xla_associative")
+# Channels for two blocks of a kernel.
+TWO_BLOCKS = dict(b=1, h=2, w=3, d=130, n=1)
+OPTIMISED = (*XLA, *KERNELS)
 
 
 def _arrays(b=2, h=3, w=5, d=4, n=3, seed=0):
@@ -84,7 +87,8 @@ def _value_and_gradients(implementation, softplus, arrays):
 
   def loss(arrays):
     y = _scan(arrays, implementation, softplus)
-    weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+    weights = jnp.arange(y.size) * 7 % 13 - 6  # Exact in every dtype.
+    weights = weights.astype(y.dtype).reshape(y.shape)
     return (weights * y).sum(), y
 
   (_, y), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
@@ -140,10 +144,10 @@ def _compiled(implementation):
   return jax.jit(functools.partial(_value_and_gradients, implementation, True))
 
 
-@pytest.mark.parametrize("implementation", OPTIMISED)
+@pytest.mark.parametrize("implementation", XLA)
 @pytest.mark.parametrize("n", [1, 3])
 def test_gradients_equal_those_of_the_definition(implementation, n):
-  _check_gradients(implementation, dict(b=1, n=n))
+  _check_gradients(implementation, dict(n=n))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -151,12 +155,12 @@ def test_gradients_equal_those_of_the_definition(implementation, n):
   "sizes",
   [
     dict(b=1, h=17, w=1, n=1),  # Two tiles in a line, and tiles of one token.
-    dict(b=1, h=2, w=3, d=130, n=1),  # Two blocks of channels.
-    dict(b=1, h=1, w=9, d=3, n=4),
+    TWO_BLOCKS,
+    dict(b=1, h=2, w=9, d=3, n=3),  # Channels and states to be padded.
   ],
   ids=str,
 )
-def test_tiles_and_blocks_of_the_kernels(implementation, sizes):
+def test_gradients_of_kernels_equal_the_definition(implementation, sizes):
   _check_gradients(implementation, sizes)
 
 
@@ -169,19 +173,59 @@ def _check_gradients(implementation, sizes):
     _assert_close(got[name], want[name], 1e-5, name)
 
 
-def test_bfloat16_is_rounded_once():
-  exact = _arrays(h=4, w=4)
+def _narrowed(arrays):
+  """In bfloat16, except for the parameters, and the same in float32."""
   narrow = {
     k: jnp.asarray(v, jnp.bfloat16 if k in ("u", "delta", "B", "C") else None)
-    for k, v in exact.items()
+    for k, v in arrays.items()
   }
-  widened = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
-  got = _scan(narrow)
+  return narrow, jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+
+
+@pytest.mark.parametrize("implementation", [None, *KERNELS])
+def test_bfloat16_is_rounded_once(implementation):
+  narrow, widened = _narrowed(_arrays(h=3, w=4))
+  got = _scan(narrow, implementation)
   assert got.dtype == jnp.bfloat16
   # Everything inside is float32: only the result loses digits.
   want = _scan(widened, "reference").astype(jnp.bfloat16)
   _assert_close(got, want, 2**-8)
   assert np.mean(np.asarray(got != want)) < 0.1
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_gradients_in_bfloat16_are_rounded_once(implementation):
+  narrow, widened = _narrowed(_arrays(**TWO_BLOCKS))
+  _, got = _compiled(implementation)(narrow)
+  _, want = _compiled("reference")(widened)
+  for name, x in narrow.items():
+    assert got[name].dtype == x.dtype, name
+    rounded = want[name].astype(x.dtype)
+    tolerance = 2**-8 if x.dtype == jnp.bfloat16 else 1e-5
+    _assert_close(got[name], rounded, tolerance, name)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_the_same_inputs_give_the_same_bits(implementation):
+  run, arrays = _compiled(implementation), _arrays(**TWO_BLOCKS)
+  first, second = (jax.tree.leaves(run(arrays)) for _ in range(2))
+  for x, y in zip(first, second, strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_under_vmap_and_without_images(implementation):
+  scan = functools.partial(_scan, implementation=implementation)
+  arrays = _arrays(b=2, h=2, w=2, n=1)
+  mapped = jax.tree.map(lambda x: np.stack([x, x[::-1]]), arrays)
+  got = jax.jit(jax.vmap(scan))(mapped)
+  for i in range(2):
+    each = jax.tree.map(lambda x, i=i: x[i], mapped)
+    _assert_close(got[i], _scan(each, "reference"), 1e-6)
+  empty = {
+    k: x[:0] if k in ("u", "delta", "B", "C") else x for k, x in arrays.items()
+  }
+  assert scan(empty).shape == (0, 2, 2, 4)
 
 
 def test_vmap_and_remat_change_nothing():
