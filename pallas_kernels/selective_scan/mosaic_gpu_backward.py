@@ -36,6 +36,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.selective_scan import (
   mosaic_gpu_backward_block,
+  mosaic_gpu_backward_memory,
   mosaic_gpu_backward_n1,
   mosaic_gpu_backward_plan,
   mosaic_gpu_forward,
@@ -103,7 +104,7 @@ def backward(
   if config.chunks > 1:
     first = _first_phase(inputs, tile, softplus, reverse, config)
     tokens = first.tiles_per_chunk * first.config.tile
-    inputs = _run_first_phase(inputs, first, interpret)
+    inputs = run_first_phase(inputs, first, interpret)
   sizes: dict[str, Any] = dict(
     b=b,
     l=l,
@@ -165,7 +166,7 @@ def _first_phase(
   )
 
 
-def _run_first_phase(
+def run_first_phase(
   inputs: Inputs,
   plan: mosaic_gpu_forward.Plan,
   interpret: common.Interpret | None,
@@ -205,7 +206,7 @@ def scan(
     body,
     name=plan.name + "_backward",
     out_type=list(out_type.values()),
-    scratch_types=mosaic_gpu_backward_block.scratch_types(arrays, plan),
+    scratch_types=mosaic_gpu_backward_memory.scratch_types(arrays, plan),
     grid={"block": plan.blocks},
     interpret=interpret,
     lane_semantics=True,
