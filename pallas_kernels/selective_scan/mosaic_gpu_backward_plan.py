@@ -254,6 +254,41 @@ class Plan(Sizes):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalarPlan(Sizes):
+  """A backward scan with one state, up to the arrays.
+
+  Attributes:
+    checkpoint_tile: Tokens between checkpoints; divides `tile`, the tokens that
+      are fetched at once.
+    wide: Whether a lane owns two channels.
+  """
+
+  checkpoint_tile: int
+  wide: bool
+
+  @property
+  def channels(self) -> int:
+    return common.LANES * (2 if self.wide else 1)
+
+  def layout(self) -> Any:
+    """Of (channels,)."""
+    return plgpu.Layout.WG_STRIDED(
+      (self.channels,), self.channels // common.LANES
+    )
+
+  def contributions_layout(self) -> Any:
+    """Of (2 * tile, channels): tokens over warps, eight to a row of lanes."""
+    return layout(
+      (2 * self.tile, self.channels),
+      (self.tile // 2, self.channels),
+      (8, 16),
+      (1, common.VECTOR),
+      warp=-8,
+      lanes=(-4, -3),
+    )
+
+
 def layout(*tiles: tuple[int, ...], warp: int, lanes: tuple[int, ...]) -> Any:
   """A layout by successive tiling; the last dimension is one register."""
   layout = fragmented_array.TiledLayout(
