@@ -233,11 +233,12 @@ def _scan_blocks(spec: arg_specs.ArgSpec, itemsize: int) -> Blocks:
 def _cross_blocks(spec: cross_arg_specs.ArgSpec, itemsize: int) -> Blocks:
   del itemsize
   forward = common.LANES
+  shape = (spec.b, spec.h, spec.w, spec.d)
   if spec.n == 1:
-    shape = (spec.b, spec.h, spec.w, spec.d)
-    forward = cross_mosaic_gpu._scalar_cell(shape).lanes
+    forward = cross_mosaic_gpu.scalar_cell(shape).lanes
+  cores = tuning.core_count(dispatch.target_device())
   return Blocks(
-    config=cross_mosaic_gpu.config_for(spec.h, spec.w, spec.n),
+    config=cross_mosaic_gpu.config_for(shape, spec.n, cores=cores),
     forward_channels=forward,
     backward_channels=_backward_channels(spec.n, wide=False),
   )

@@ -30,6 +30,7 @@ from pallas_kernels.selective_scan import (
   mosaic_gpu_backward,
   mosaic_gpu_backward_n1,
   mosaic_gpu_backward_plan,
+  mosaic_gpu_chunked,
   mosaic_gpu_common,
   mosaic_gpu_forward,
   mosaic_gpu_forward_n1,
@@ -85,17 +86,25 @@ def why_not_interpreted(
   return None
 
 
-def config_for(h: int, w: int, n: int) -> tuning.Config:
-  """Settings for images of this size.
+def config_for(
+  shape: tuple[int, int, int, int], n: int, *, cores: int
+) -> tuning.Config:
+  """Settings for an image (b, h, w, d) on so many streaming multiprocessors.
 
   A tile does not reach beyond a line, so short lines have small tiles, and more
   of them on their way.
   """
-  del n
-  longest = max(h, w)
-  if longest <= _SHORT_TILE:
-    return tuning.Config(tile=_SHORT_TILE, unroll=4, buffers=4)
-  return tuning.Config(tile=_TILE, unroll=4, buffers=2)
+  b, h, w, d = shape
+  is_short = max(h, w) <= _SHORT_TILE
+  k = arguments.DIRECTIONS
+  problem = tuning.Problem(b=b, l=h * w, d=k * d, g=k, n=n, itemsize=4)
+  wanted = tuning.heuristic(problem, cores=cores).chunks
+  return tuning.Config(
+    tile=_SHORT_TILE if is_short else _TILE,
+    unroll=4,
+    buffers=4 if is_short else 2,
+    chunks=mosaic_gpu_image.chunks_for(h, w, wanted),
+  )
 
 
 class _Statics(NamedTuple):
@@ -153,7 +162,9 @@ def cross_selective_scan(
   if b == 0:
     return args.u
   if config is None:
-    config = config_for(h, w, n)
+    device = None if interpret else dispatch.target_device()
+    cores = tuning.core_count(device)
+    config = config_for((b, h, w, d), n, cores=cores)
   unit = max(config.tile, mosaic_gpu_backward_n1.TOKENS if n == 1 else 1)
   statics = _Statics(options.delta_softplus, unit, config, interpret)
   return _scan(statics, _prepare(args, unit))[..., :d]
@@ -247,6 +258,7 @@ def _sizes(statics: _Statics, inputs: _Inputs) -> dict[str, Any]:
     h=h,
     w=w,
     unit=statics.unit,
+    chunks=mosaic_gpu_image.chunks_for(h, w, statics.config.chunks),
   )
 
 
@@ -265,35 +277,18 @@ def _by_kernel(inputs: _Inputs) -> dict[str, Any]:
   return arrays | dict(u=inputs.u, delta=inputs.delta, D=None, z=None)
 
 
-def _run_forward(
-  statics: _Statics, inputs: _Inputs, *, checkpoint_tile: int
-) -> tuple[jax.Array, jax.Array | None]:
-  """Returns y, and the checkpoints (None without)."""
-  d, n = inputs.A.shape[1:]
+def _forward_plan(
+  statics: _Statics, inputs: _Inputs, **settings: Any
+) -> mosaic_gpu_image.ForwardPlan:
+  n = inputs.A.shape[2]
   cell: mosaic_gpu_forward.Cell = mosaic_gpu_forward.VectorCell(n)
   if n == 1:
-    cell = _scalar_cell(inputs.u.shape)
-  plan = mosaic_gpu_image.ForwardPlan(
-    config=statics.config,
-    cell=cell,
-    checkpoint_tile=checkpoint_tile,
-    final_state=False,
-    **_sizes(statics, inputs),
-  )
-  arrays = _by_kernel(inputs)
-  if n == 1:
-    arrays["A"] = arrays["A"][:, 0]
-  out = mosaic_gpu_forward.scan(
-    mosaic_gpu_forward.Inputs(**arrays, state=None), plan, statics.interpret
-  )
-  assert out.y is not None
-  y = out.y.reshape(inputs.delta.shape).sum(3)
-  if inputs.D is not None:
-    y = y + inputs.D.sum(0) * inputs.u
-  return y.astype(inputs.u.dtype), out.checkpoints
+    cell = scalar_cell(inputs.u.shape)
+  sizes = _sizes(statics, inputs) | settings
+  return mosaic_gpu_image.ForwardPlan(config=statics.config, cell=cell, **sizes)
 
 
-def _scalar_cell(shape: tuple[int, ...]) -> mosaic_gpu_forward_n1.ScalarCell:
+def scalar_cell(shape: tuple[int, ...]) -> mosaic_gpu_forward_n1.ScalarCell:
   """Two channels for a lane, where there are blocks enough even so."""
   cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(shape[-1])
   blocks = shape[0] * arguments.DIRECTIONS
@@ -303,11 +298,31 @@ def _scalar_cell(shape: tuple[int, ...]) -> mosaic_gpu_forward_n1.ScalarCell:
   return cell
 
 
+def _run_forward(
+  statics: _Statics, inputs: _Inputs, *, checkpoint_tile: int
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns y, and the checkpoints (None without)."""
+  plan = _forward_plan(
+    statics, inputs, checkpoint_tile=checkpoint_tile, final_state=False
+  )
+  arrays = _by_kernel(inputs)
+  if inputs.A.shape[2] == 1:
+    arrays["A"] = arrays["A"][:, 0]
+  out = mosaic_gpu_chunked.scan(
+    mosaic_gpu_forward.Inputs(**arrays, state=None), plan, statics.interpret
+  )
+  assert out.y is not None
+  y = out.y.reshape(inputs.delta.shape).sum(3)
+  if inputs.D is not None:
+    y = y + inputs.D.sum(0) * inputs.u
+  return y.astype(inputs.u.dtype), out.checkpoints
+
+
 def _run_backward(
   statics: _Statics, residuals: _Residuals, dy: jax.Array
 ) -> mosaic_gpu_backward_plan.Outputs:
   inputs = residuals.inputs
-  d, n = inputs.A.shape[1:]
+  n = inputs.A.shape[2]
   arrays = mosaic_gpu_backward_plan.Inputs(
     **_by_kernel(inputs),
     checkpoints=residuals.checkpoints,
@@ -315,18 +330,24 @@ def _run_backward(
     dstate=None,
   )
   sizes = _sizes(statics, inputs)
-  tile = statics.config.backward_tile
-  if n > 1:
-    plan = mosaic_gpu_image.BackwardPlan(
-      n=n, tile=tile, tiles_per_chunk=sizes["l"], **sizes
+  if sizes["chunks"] > 1:
+    first = _forward_plan(
+      statics, inputs, reverse=True, states_only=True, adjoint=True
     )
+    arrays = mosaic_gpu_backward.run_first_phase(
+      arrays, first, statics.interpret
+    )
+  tile = statics.config.backward_tile
+  # Chunks are what `Image` makes them.
+  sizes["tiles_per_chunk"] = sizes["l"]
+  if n > 1:
+    plan = mosaic_gpu_image.BackwardPlan(n=n, tile=tile, **sizes)
     return mosaic_gpu_backward.scan(arrays, plan, statics.interpret)
   plan = mosaic_gpu_image.BackwardPlanN1(
     tile=mosaic_gpu_backward_n1.TOKENS,
     checkpoint_tile=tile,
     # Two blocks of twice the width do not fit on a core, with du in float32.
     wide=False,
-    tiles_per_chunk=sizes["l"],
     **sizes,
   )
   return mosaic_gpu_backward_n1.scan(arrays, plan, statics.interpret)

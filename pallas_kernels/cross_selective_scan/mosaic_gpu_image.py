@@ -48,6 +48,8 @@ class Image(mosaic_gpu_walk.Walk):
     h: Rows of the image.
     w: Columns of the image.
     unit: Each line is stored as a multiple of so many tokens.
+    chunks: Parts of an image that are scanned in parallel, of whole lines; see
+      `chunks_for`.
   """
 
   name = "cross_selective_scan"
@@ -55,6 +57,7 @@ class Image(mosaic_gpu_walk.Walk):
   h: int
   w: int
   unit: int
+  chunks: int = 1
 
   def sequence_shape(self, name: str) -> tuple[int, ...]:
     # The directions share u and dy.
@@ -72,10 +75,14 @@ class Image(mosaic_gpu_walk.Walk):
   def chunk_tiles(
     self, size: int, per_chunk: int, group: Any, chunk: Any
   ) -> tuple[Any, Any]:
-    per_row, per_column = self._tiles_per_line(size)
-    tiles = _choose(group, self.h * per_row, self.w * per_column)
-    del per_chunk, chunk  # There is one only.
-    return jnp.int32(0), tiles
+    del per_chunk  # Chunks end with a line, whatever the size of a tile.
+    per_line = _choose(group, *self._tiles_per_line(size))
+    lines = _choose(group, self.h, self.w)
+    if self.chunks == 1:
+      return jnp.int32(0), lines * per_line
+    per_chunk = _choose(group, *self._lines_per_chunk())
+    first = chunk * per_chunk
+    return first * per_line, jnp.minimum(lines - first, per_chunk) * per_line
 
   def remaining(self, tile: Any, size: int, group: Any) -> Any:
     _, part = self._locate(tile, size, group)
@@ -118,6 +125,18 @@ class Image(mosaic_gpu_walk.Walk):
     """That of the block which calls this."""
     raise NotImplementedError
 
+  def most_tiles(self, size: int) -> int:
+    """Tiles of `size` tokens that a chunk has, at most."""
+    rows, columns = self._lines_per_chunk()
+    per_row, per_column = self._tiles_per_line(size)
+    return max(rows * per_row, columns * per_column)
+
+  def _lines_per_chunk(self) -> tuple[int, int]:
+    return (
+      mosaic_gpu_common.cdiv(self.h, self.chunks),
+      mosaic_gpu_common.cdiv(self.w, self.chunks),
+    )
+
   def _tiles_per_line(self, size: int) -> tuple[int, int]:
     return (
       mosaic_gpu_common.cdiv(self.w, size),
@@ -151,6 +170,10 @@ def _choose(group: Any, of_rows: Any, of_columns: Any) -> Any:
 class ForwardPlan(Image, mosaic_gpu_forward_plan.Plan):
   """A forward cross scan, up to the arrays."""
 
+  @property
+  def tiles_per_chunk(self) -> int:
+    return self.most_tiles(self.config.tile)
+
   def place(self) -> mosaic_gpu_forward_plan.Place:
     return mosaic_gpu_forward_plan.Plan.place(self)
 
@@ -169,6 +192,16 @@ class BackwardPlanN1(Image, mosaic_gpu_backward_n1.Plan):
 
   def place(self) -> mosaic_gpu_backward_plan.Place:
     return mosaic_gpu_backward_n1.Plan.place(self)
+
+
+def chunks_for(h: int, w: int, wanted: int) -> int:
+  """The most chunks up to `wanted` that all have a row and a column."""
+
+  def fits(chunks):
+    lines_of = mosaic_gpu_common.cdiv
+    return all(lines_of(x, lines_of(x, chunks)) == chunks for x in (h, w))
+
+  return max(chunks for chunks in range(1, wanted + 1) if fits(chunks))
 
 
 def stored_lengths(h: int, w: int, unit: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
+import math
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -21,8 +22,9 @@ Cell = mosaic_gpu_forward_plan.Cell
 Place = mosaic_gpu_forward_plan.Place
 Refs = Mapping[str, Any]
 
-# States of earlier chunks in flight or in use.
+# States of earlier chunks in flight or in use: so many, or so many numbers.
 _CHUNK_BUFFERS: Final = 4
+_CHUNK_NUMBERS: Final = 2**14
 
 
 def scratch_types(
@@ -58,10 +60,10 @@ def scratch_types(
       ("chunk_state", plan.cell.state_shape()),
       ("chunk_delta_sum", (lanes,)),
     ):
-      shape = (_CHUNK_BUFFERS, *shape)
+      shape = (_chunk_buffers(plan.cell), *shape)
       scratch[name + "_smem"] = plgpu.SMEM(shape, jnp.float32)
     scratch["chunk_arrived"] = plgpu.Barrier(
-      num_arrivals=2, num_barriers=_CHUNK_BUFFERS
+      num_arrivals=2, num_barriers=_chunk_buffers(plan.cell)
     )
   return scratch
 
@@ -180,6 +182,11 @@ def _loop(steps: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
   return lax.fori_loop(jnp.int32(0), jnp.int32(steps), body, carry)
 
 
+def _chunk_buffers(cell: Cell) -> int:
+  fitting = _CHUNK_NUMBERS // math.prod(cell.state_shape())
+  return max(2, min(_CHUNK_BUFFERS, fitting))
+
+
 def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: Place, h):
   """The state after the chunks before this one, from that before the first.
 
@@ -188,6 +195,7 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: Place, h):
   steps, against a launch for a kernel of its own.
   """
   before = plan.chunks - 1 - place.chunk if plan.reverse else place.chunk
+  buffers = _chunk_buffers(plan.cell)
 
   def fetch(j, slot):
     chunk = plan.chunks - 1 - j if plan.reverse else j
@@ -197,11 +205,11 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: Place, h):
       target = refs[name + "_smem"].at[slot]
       plgpu.copy_gmem_to_smem(source, target, refs["chunk_arrived"].at[slot])
 
-  for slot in range(_CHUNK_BUFFERS):
+  for slot in range(buffers):
     pl.when(slot < before)(functools.partial(fetch, jnp.int32(slot), slot))
 
   def step(j, h):
-    slot = lax.rem(j, jnp.int32(_CHUNK_BUFFERS))
+    slot = lax.rem(j, jnp.int32(buffers))
     plgpu.barrier_wait(refs["chunk_arrived"].at[slot])
     inner = plan.cell.load_state(refs["chunk_state_smem"].at[slot])
     delta_sum = common.load(
@@ -210,9 +218,9 @@ def _pass_chunks(refs: Refs, constants: Any, plan: Plan, place: Place, h):
     h = plan.cell.decay(constants.A, h, delta_sum, inner)
     plgpu.commit_smem()  # All have read the slot.
 
-    @pl.when(j + _CHUNK_BUFFERS < before)
+    @pl.when(j + buffers < before)
     def _():
-      fetch(j + _CHUNK_BUFFERS, slot)
+      fetch(j + buffers, slot)
 
     return h
 

@@ -63,12 +63,16 @@ def test_the_calls_of_models_lower_forward_and_backward(name):
     forward = lowering.lower(scan(), shapes(spec))
     both = lowering.lower(lowering.gradient(scan()), shapes(spec))
   pixels = f"{spec.b}x{spec.h}x{spec.w}"
-  # All directions in one kernel, each with a result of its own.
-  (types,) = lowering.kernels(forward)
-  assert types == [f"{pixels}x4x{spec.d}xf32"]
-  first, second = lowering.kernels(both)
-  assert first[:1] == types
-  assert second[:2] == [f"{pixels}x4x{spec.d}xf32", f"{pixels}x4x{spec.d}xbf16"]
+  # All directions in one kernel, each with a result of its own. Where images
+  # are scanned in chunks, a smaller kernel comes before each of these.
+  y = f"{pixels}x4x{spec.d}xf32"
+  ddelta = f"{pixels}x4x{spec.d}xbf16"
+  types, types_both = lowering.kernels(forward), lowering.kernels(both)
+  assert types[-1] == [y]
+  assert types_both[-1][:2] == [y, ddelta]
+  assert [y in results for results in types_both].count(True) == 2
+  assert len(types) == 1 or not types[0][0].startswith(pixels)
+  assert len(types_both) == 2 * len(types)
   elements = spec.b * spec.h * spec.w * spec.d
   assert not copies(both, elements)
   if spec.n > 1:
@@ -80,7 +84,8 @@ def test_awkward_sizes_lower_in_float32(name):
   with lowering.on_h100():
     arrays = shapes(OTHER_SPECS[name], jnp.float32)
     text = lowering.lower(lowering.gradient(scan()), arrays)
-  assert len(lowering.kernels(text)) == 2
+  in_chunks = name == "many_states"  # The others have too few lines.
+  assert len(lowering.kernels(text)) == (4 if in_chunks else 2)
 
 
 def test_the_name_and_none_take_the_same_kernels():
@@ -126,10 +131,10 @@ def test_vmap_adds_a_dimension_to_the_grid():
 
 
 def test_it_lowers_in_programs_that_enable_64_bits():
-  spec = arg_specs.ArgSpec(b=1, h=20, w=9, d=20, n=4, source="")
+  spec = arg_specs.ArgSpec(b=1, h=20, w=19, d=20, n=4, source="")
   with jax.enable_x64(True), lowering.on_h100():
     text = lowering.lower(lowering.gradient(scan()), shapes(spec))
-  assert len(lowering.kernels(text)) == 2
+  assert len(lowering.kernels(text)) == 4  # In chunks.
 
 
 @pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_gpu_interpret"])

@@ -17,8 +17,11 @@ from pallas_kernels.cross_selective_scan import (
   api,
   arg_specs,
   arguments,
+  mosaic_gpu,
+  mosaic_gpu_image,
   reference,
 )
+from pallas_kernels.selective_scan import tuning
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "vmamba"
 KERNELS = (
@@ -191,6 +194,21 @@ def test_bfloat16_is_rounded_once(implementation):
   want = _scan(widened, "reference").astype(jnp.bfloat16)
   _assert_close(got, want, 2**-8)
   assert np.mean(np.asarray(got != want)) < 0.1
+
+
+@pytest.mark.parametrize(("h", "w", "n"), [(3, 4, 1), (4, 3, 4)])
+def test_gradients_of_images_in_chunks(monkeypatch, h, w, n):
+  config = tuning.Config(tile=8, chunks=2)
+  monkeypatch.setattr(mosaic_gpu, "config_for", lambda *_, **__: config)
+  _check_gradients("mosaic_gpu_interpret", dict(b=1, h=h, w=w, n=n))
+
+
+def test_a_chunk_has_a_row_and_a_column():
+  chunks = mosaic_gpu_image.chunks_for
+  assert chunks(56, 56, 8) == 8
+  assert chunks(7, 7, 6) == 4  # Of two lines, the last of one.
+  assert chunks(9, 4, 4) == 2
+  assert chunks(1, 40, 5) == 1
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
