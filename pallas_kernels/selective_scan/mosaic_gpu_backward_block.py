@@ -77,7 +77,8 @@ class _Block(mosaic_gpu_backward_memory.Memory):
       for step in reversed(range(first, first + plan.group)):
         carry = self._differentiate(step, slot, carry, saved.get(step))
       common.sync_lanes()
-      self._finish_differentiate(first)
+      sums = self._finish_differentiate(first, carry.sums)
+      carry = carry._replace(sums=sums)
       if first:
         common.sync_lanes()
     plgpu.commit_smem()  # The results, for the copies.
@@ -241,8 +242,8 @@ class _Block(mosaic_gpu_backward_memory.Memory):
         y = y + self._constant("D") * self._staged("u", row)
       self._write("z", row, y * self._staged("gate", row))
 
-  def _finish_differentiate(self, step) -> None:
-    """dB, du and d(delta) for a group of tokens, and what they add to sums."""
+  def _finish_differentiate(self, step, sums) -> tuple[jax.Array, ...]:
+    """dB, du and d(delta) for a group of tokens; returns the new sums."""
     row = self._first_row(step)
     self._sum_over_channels("B", row)
     g_B = self._sum_over_states(0)
@@ -250,11 +251,12 @@ class _Block(mosaic_gpu_backward_memory.Memory):
     du = self._staged("delta", row) * g_B
     if "D" in self.refs:
       du = du + self._constant("D") * dy
-      self._add_to_sum("D", dy * u)
+      sums = self._add_to_sum(sums, "D", dy * u)
     self._write("u", row, du)
     ddelta = self._sum_over_states(1) * (1 / common.LOG2E) + u * g_B
     if "slope_staged" in self.refs:
       ddelta = ddelta * self._staged("slope", row)
     self._write("delta", row, ddelta)
     if "delta_bias" in self.refs:
-      self._add_to_sum("delta_bias", ddelta)
+      sums = self._add_to_sum(sums, "delta_bias", ddelta)
+    return sums

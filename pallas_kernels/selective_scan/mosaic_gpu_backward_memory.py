@@ -43,7 +43,8 @@ def scratch_types(
     scratch[name + "_smem"] = plgpu.SMEM((2, *row), jnp.float32)
   # Together, because each of these starts at a multiple of 1024 bytes.
   scratch["rows_out_smem"] = plgpu.SMEM((2, *row), jnp.float32)
-  scratch["sums"] = plgpu.SMEM((2, *plan.group_shape), jnp.float32)
+  if not _sums_in_registers(arrays):
+    scratch["sums"] = plgpu.SMEM((2, *plan.group_shape), jnp.float32)
   scratch["state_smem"] = plgpu.SMEM(plan.state_shape, jnp.float32)
   staged = ["delta", "delta_u", "dy", "u"]
   is_ragged = plan.is_ragged(plan.tile)
@@ -85,10 +86,21 @@ class Carry(NamedTuple):
   Attributes:
     g: Gradient of the state.
     A: Gradient of A.
+    sums: Those for D and the bias, if they are kept in registers.
   """
 
   g: State
   A: State
+  sums: tuple[jax.Array, ...]
+
+
+def _sums_in_registers(names: Mapping[str, Any]) -> bool:
+  """Whether there are registers for sums, or, if not, shared memory.
+
+  With float32 inputs shared memory decides how many blocks fit; with a gate,
+  and where two channels are unpacked from one word, there are no registers.
+  """
+  return "z" not in names and names["u"].dtype == jnp.float32
 
 
 class Tiles[Plan: mosaic_gpu_backward_plan.Sizes]:
@@ -208,14 +220,16 @@ class Memory(Tiles[mosaic_gpu_backward_plan.Plan]):
       shape = plan.part_shape
       return [common.zeros(shape, self.layout) for _ in range(plan.inner)]
 
-    for name in self._sums():
-      common.store(self._sum(name), common.zeros(plan.group_shape, self.flat))
+    sums = [common.zeros(plan.group_shape, self.flat) for _ in self._sums()]
+    if not _sums_in_registers(self.refs):
+      for name in self._sums():
+        common.store(self._sum(name), sums.pop())
     if "dstate" in self.refs:
       g = self._load_parts(self._of_row("dstate", self.place.row))
     else:
       g = zeros()
     g = plan.pass_chunks(self.place, g, self._load_chunk, self._add_chunk)
-    return Carry(g, zeros())
+    return Carry(g, zeros(), tuple(sums))
 
   def _of_row(self, name, row):
     return self.refs[name].at[row, self.place.group, self.rows]
@@ -249,9 +263,12 @@ class Memory(Tiles[mosaic_gpu_backward_plan.Plan]):
       ref = self._of_row(name + "_out", index)
       for i, part in enumerate(parts):
         common.store(ref.at[:, i], part)
-    for name in self._sums():
+    for i, name in enumerate(self._sums()):
       ref = self.refs[name + "_out"].at[index, place.group, place.block]
-      common.store(ref, common.load(self._sum(name), self.flat))
+      if carry.sums:
+        common.store(ref, carry.sums[i])
+      else:
+        common.store(ref, common.load(self._sum(name), self.flat))
 
   def _sums(self):
     return [name for name in ("D", "delta_bias") if name in self.refs]
@@ -259,6 +276,11 @@ class Memory(Tiles[mosaic_gpu_backward_plan.Plan]):
   def _sum(self, name):
     return self.refs["sums"].at[self._sums().index(name)]
 
-  def _add_to_sum(self, name, x) -> None:
-    """In shared memory, since registers are scarce."""
-    common.store(self._sum(name), common.load(self._sum(name), self.flat) + x)
+  def _add_to_sum(self, sums, name, x) -> tuple[jax.Array, ...]:
+    """`Carry.sums` with `x` added to that of D or the bias."""
+    if not sums:
+      total = common.load(self._sum(name), self.flat) + x
+      common.store(self._sum(name), total)
+      return sums
+    i = self._sums().index(name)
+    return (*sums[:i], sums[i] + x, *sums[i + 1 :])

@@ -23,7 +23,7 @@ from tests.kernels import selective_scan_suite as suite
 _WIDTHS = {
   "groups_of_96": suite.Case((1, 5, 192, 1, 2), ("D",)),
   "groups_of_49": suite.Case((1, 5, 98, 5, 2), ("D", "z")),
-  "wider_than_a_block": suite.Case((1, 3, 131, 2, 1), ("delta_bias",)),
+  "wider_than_a_block": suite.Case((1, 3, 131, 2, 1), ("D", "delta_bias")),
 }
 _SMALL_GOLDEN = {"scan_L2", "scan_reverse_full", "scan_tiny_dt"}
 
