@@ -120,7 +120,7 @@ def check(case: Case, implementation: str) -> dict[str, Any]:
   )
   dy = bench_checks.cotangents(function, arrays)
   program = bench_checks.both_ways(function)
-  shapes = jax.eval_shape(program, arrays, dy)
+  shapes: Any = jax.eval_shape(program, arrays, dy)
 
   def into(buffers, arrays, dy):
     del buffers  # Their memory is that of the results.
@@ -128,14 +128,13 @@ def check(case: Case, implementation: str) -> dict[str, Any]:
 
   compiled = jax.jit(into, donate_argnums=0, keep_unused=True)
 
-  def run(value):
+  def run(value: float) -> dict[str, np.ndarray]:
     poison = jnp.full((_POISON_BYTES // 4,), value, jnp.float32)
     buffers = jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
     jax.block_until_ready((poison, buffers))
     del poison
-    return {
-      name: np.asarray(x) for name, x in compiled(buffers, arrays, dy).items()
-    }
+    results: dict[str, Any] = compiled(buffers, arrays, dy)
+    return {name: np.asarray(x) for name, x in results.items()}
 
   first = run(0.0)
   want = bench_checks.expected(case.op, options, arrays, dy)
