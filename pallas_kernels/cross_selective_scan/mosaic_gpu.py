@@ -2,16 +2,18 @@
 
 The kernels run once for all four directions, each block one direction of 128
 or 256 channels of an image; `mosaic_gpu_image` tells them where its tokens lie.
-No array with channels is copied, transposed or flipped.
+No array with channels is copied, transposed or flipped. Where images are too
+few to fill the device, they are scanned in chunks (`mosaic_gpu_chunked`), here
+of whole rows and columns.
 
 Each direction writes its own result in float32, and XLA adds the four in a
 fixed order, with the skip connection, in one pass. For bfloat16 that moves, for
 each pixel and channel, 8 bytes of delta, 2 to 8 of u (the directions of an
 image run at the same time and find it in the cache), 16 of results written and
 16 read, and 2 of y: 44 to 50. Were a block to run the four directions one after
-the other and add to what it finds, that would be 8 + 8 + 16 + 12 + 2 = 46, as
-many, for a quarter of the blocks and four times the steps of each. Writing
-bfloat16 would save 16 and round four more times.
+the other and add to what it finds, that would be 12 written and 12 read, so 36
+to 42, but with a quarter of the blocks and four times the steps of each. With
+results in bfloat16 it would be 28 to 34, and each of the four rounded.
 
 b batch, h and w rows and columns, k directions, d channels, n state size.
 """
@@ -68,7 +70,8 @@ def why_not_interpreted(
   most = scan_mosaic_gpu.MAX_STATES
   if n > most:
     return f"`A` has {n} states per channel, it takes at most {most}"
-  rows = b * arguments.DIRECTIONS * d
+  unit = mosaic_gpu_common.TMA_BYTES // 2
+  rows = b * arguments.DIRECTIONS * mosaic_gpu_common.cdiv(d, unit) * unit
   tokens = mosaic_gpu_image.stored_tokens(h, w, _TILE)
   sizes = {
     "`delta`": rows * h * w,
