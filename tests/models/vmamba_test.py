@@ -113,7 +113,7 @@ def test_tiny_models_equal_the_official_ones(name):
   model, variables, images, want = _tiny(name)
   cotangent = golden_data.make_cotangent(name, (2, 10))
 
-  @jax.jit
+  @quick.jit
   def run(params, images):
     def loss(params, images):
       logits, state = model.apply(
@@ -238,7 +238,7 @@ def test_parts_equal_the_official_ones(name):
   to_ours = lambda x: x.transpose(0, 2, 3, 1) if channel_first else x
   to_official = lambda x: x.transpose(0, 3, 1, 2) if channel_first else x
 
-  @jax.jit
+  @quick.jit
   def run(params, x, cotangent):
     f = lambda params, x: module.apply({"params": params}, x)
     y, pull = jax.vjp(f, params, x)

@@ -107,7 +107,7 @@ def test_the_running_average(tmp_path):
 def test_fine_tuning(tmp_path):
   path = tmp_path / "x.pth"
   torch_writer.write(path, _state_dict())
-  with pytest.raises(ValueError, match="x.pth: .*pass rng="):
+  with pytest.raises(ValueError, match="(?s)x.pth: .*pass rng="):
     vimjax.load_pretrained(_model(num_classes=3), path)
   variables = vimjax.load_pretrained(
     _model(num_classes=3), path, image_size=96, rng=jax.random.key(0)
