@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import golden_data
+from tests import golden_data, quick
 import vimjax
 from vimjax.models import vmamba
 from vimjax.weights import vmamba as vmamba_weights
