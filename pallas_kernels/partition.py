@@ -10,13 +10,16 @@ Which part that is, given a mesh set by `jax.set_mesh`:
 * **Manual axes** (the caller is inside `shard_map`) are the caller's business.
 * **Explicit axes** split what they split in the type of the leading array.
 * **Auto axes** are unknown while tracing, so a convention on their names
-  holds: those in `CHANNEL_AXES` split the channels, those in `UNSPLIT_AXES`
-  split nothing, all others split the batch, each as long as sizes divide.
+  holds: those in `CHANNEL_AXES` split the channels, those in `SEQUENCE_AXES`
+  the tokens, all others the batch, each as long as sizes divide.
+
+Tokens are split only for operations that can pass a state from shard to shard;
+they ask for it. For others these axes split nothing.
 
 Whatever does not divide runs unsplit over that axis, on every device alike.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -26,10 +29,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 CHANNEL_AXES = ("model", "tensor", "channel")
-UNSPLIT_AXES = ("sequence",)
+SEQUENCE_AXES = ("sequence",)
 
 # Letters that a layout string uses for the dimensions that may be split.
-BATCH, CHANNEL, GROUP = "b", "d", "g"
+BATCH, CHANNEL, GROUP, TOKEN = "b", "d", "g", "l"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,32 +53,40 @@ class Split:
 
 
 def per_shard(
-  function: Callable[[Mapping[str, Any]], Any],
+  function: Callable[[Mapping[str, Any], tuple[str, ...]], Any],
   arrays: Mapping[str, jax.Array | None],
   *,
   layouts: Mapping[str, str],
   out_layouts: str | tuple[str, ...],
   lead: str,
+  split_tokens: bool = False,
 ) -> Any:
-  """Returns `function(arrays)`, computed per shard of the mesh in context.
+  """Returns `function(arrays, axes)`, computed per shard of the mesh.
 
   Args:
     function: The operation; independent along batch and channels, except that
-      all channels of a group share the arrays that have a group dimension.
+      all channels of a group share the arrays that have a group dimension. Its
+      second argument has the mesh axes that split the tokens, often none.
     arrays: Its arrays by name; absent optional ones are None.
     layouts: For each name one letter per dimension, "b" for the batch, "d" for
-      the channels, "g" for groups of channels; others are never split.
+      the channels, "g" for groups of channels, "l" for tokens; others are never
+      split.
     out_layouts: The same for the result, or for each of the results.
     lead: Name of the array whose sharding decides on Explicit axes; it has a
       batch and a channel dimension.
+    split_tokens: Whether `function` can work on a part of the tokens.
   """
   given = {name: x for name, x in arrays.items() if x is not None}
-  split = plan(given, layouts, lead)
+  split = plan(given, layouts, lead, split_tokens)
   if split is None:
-    return function({**arrays, **_vary_together(given)})
+    return function({**arrays, **_vary_together(given)}, ())
+
+  token_axes = split.by_letter[TOKEN]
 
   def body(local):
-    return function({**arrays, **_vary_together(local)})
+    # A state that comes from other shards varies over their axes.
+    varying = _vary_together(local, token_axes)
+    return function({**arrays, **varying}, token_axes)
 
   specs = {name: split.spec(layouts[name]) for name in given}
   out_specs = jax.tree.map(split.spec, out_layouts)
@@ -111,8 +122,19 @@ def vary_like(x: jax.Array, *, like: jax.Array) -> jax.Array:
   return _cast(x, _varying(like))
 
 
+def sequence_shards(x: jax.Array, layout: str) -> int:
+  """Over how many shards `per_shard` would split the tokens if they divided."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free, explicit = _usable_axes(mesh)
+  _, _, tokens = _wanted(x, layout, free, explicit)
+  return math.prod(mesh.shape[name] for name in tokens)
+
+
 def plan(
-  arrays: Mapping[str, jax.Array], layouts: Mapping[str, str], lead: str
+  arrays: Mapping[str, jax.Array],
+  layouts: Mapping[str, str],
+  lead: str,
+  split_tokens: bool = False,
 ) -> Split | None:
   """How `per_shard` splits over the mesh in context.
 
@@ -120,9 +142,7 @@ def plan(
   all its axes manual, or it has one device.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  free = [name for name in types if types[name] is not AxisType.Manual]
-  explicit = [name for name in free if types[name] is AxisType.Explicit]
+  free, explicit = _usable_axes(mesh)
   if not explicit and math.prod(mesh.shape[name] for name in free) == 1:
     return None
 
@@ -131,25 +151,36 @@ def plan(
     for name, x in arrays.items()
     for letter, size in zip(layouts[name], x.shape, strict=True)
   }
-  batch, channels = _wanted(arrays[lead], layouts[lead], free, explicit)
+  batch, channels, tokens = _wanted(arrays[lead], layouts[lead], free, explicit)
   groups = sizes.get(GROUP, 1)
   batch = _dividing(batch, mesh.shape, sizes[BATCH])
   # A shard must hold whole groups, or a part of the only one.
   channels = _dividing(
     channels, mesh.shape, sizes[CHANNEL] if groups == 1 else groups
   )
+  tokens = _dividing(tokens, mesh.shape, sizes.get(TOKEN, 1))
   by_letter = {
     BATCH: batch,
     CHANNEL: channels,
     GROUP: channels if groups > 1 else (),
+    TOKEN: tokens if split_tokens else (),
   }
   return Split(frozenset(free), by_letter)
 
 
+def _usable_axes(
+  mesh: jax.sharding.AbstractMesh,
+) -> tuple[list[str], list[str]]:
+  """Axes that the caller has not made manual; of these, the Explicit ones."""
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  free = [name for name in types if types[name] is not AxisType.Manual]
+  return free, [name for name in free if types[name] is AxisType.Explicit]
+
+
 def _wanted(
   lead: jax.Array, layout: str, free: list[str], explicit: list[str]
-) -> tuple[list[str], list[str]]:
-  """The mesh axes that should split the batch and the channels."""
+) -> tuple[list[str], list[str], list[str]]:
+  """The mesh axes that should split the batch, the channels and the tokens."""
   spec = jax.typeof(lead).sharding.spec
   of_letter = {
     letter: [name for name in _names(entry) if name in explicit]
@@ -157,10 +188,12 @@ def _wanted(
   }
   auto = [name for name in free if name not in explicit]
   channels = [name for name in auto if name in CHANNEL_AXES]
-  batch = [name for name in auto if name not in CHANNEL_AXES + UNSPLIT_AXES]
+  tokens = [name for name in auto if name in SEQUENCE_AXES]
+  batch = [name for name in auto if name not in channels + tokens]
   return (
     of_letter.get(BATCH, []) + batch,
     of_letter.get(CHANNEL, []) + channels,
+    of_letter.get(TOKEN, []) + tokens,
   )
 
 
@@ -201,13 +234,15 @@ def _reshard_explicit(
   return {name: reshard(x, specs[name]) for name, x in arrays.items()}
 
 
-def _vary_together(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _vary_together(
+  arrays: Mapping[str, jax.Array], more: Iterable[str] = ()
+) -> dict[str, jax.Array]:
   """Casts all arrays to the union of the manual axes that any varies over.
 
   A custom derivative must return cotangents that vary like their primals;
   after this cast all do, and the transpose of the cast sums over the shards.
   """
-  union = frozenset().union(*(_varying(x) for x in arrays.values()))
+  union = frozenset(more).union(*(_varying(x) for x in arrays.values()))
   return {name: _cast(x, union) for name, x in arrays.items()}
 
 

@@ -49,9 +49,19 @@ def find(family: str, name: str) -> pathlib.Path:
 
 
 def load(family: str, name: str) -> dict[str, np.ndarray]:
-  """The arrays of an npz file."""
-  with np.load(find(family, name + ".npz")) as arrays:
-    return dict(arrays)
+  """The arrays of an npz file.
+
+  Many small arrays cost more as members of the file than their numbers do: some
+  files hold them end to end as "values", with "names" and "sizes".
+  """
+  with np.load(find(family, name + ".npz")) as file:
+    arrays = dict(file)
+  if "values" not in arrays:
+    return arrays
+  ends = np.cumsum(arrays.pop("sizes"))[:-1]
+  names = [str(name) for name in arrays.pop("names")]
+  parts = np.split(arrays.pop("values"), ends)
+  return arrays | dict(zip(names, parts, strict=True))
 
 
 @functools.cache
@@ -60,12 +70,16 @@ def load_json(family: str, name: str) -> dict[str, Any]:
 
 
 def expand_keys(keys: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Official keys and shapes from their short form, one layer for all."""
-  shapes = dict(keys["top"])
-  for i in range(keys["layers"]):
-    for name, shape in keys["layer"].items():
-      shapes[f"layers.{i}.{name}"] = shape
-  return {key: tuple(shape) for key, shape in shapes.items()}
+  """Official keys and shapes from their short form: a.[0-2].b is three keys."""
+  shapes = {}
+  for key, shape in keys.items():
+    numbers = re.search(r"\[(\d+)-(\d+)\]", key)
+    if numbers is None:
+      shapes[key] = tuple(shape)
+      continue
+    for i in range(int(numbers[1]), int(numbers[2]) + 1):
+      shapes[key.replace(numbers[0], str(i))] = tuple(shape)
+  return shapes
 
 
 def _uniform(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from flax import linen as nn
 
 from vimjax import variants
-from vimjax.models import vim
+from vimjax.models import deit, mambavision, vim, vmamba
 
 
 def merge(
@@ -29,7 +29,9 @@ def merge(
   return table
 
 
-_VARIANTS: Final = merge([vim.VARIANTS])
+_VARIANTS: Final = merge(
+  [vim.VARIANTS, vmamba.VARIANTS, mambavision.VARIANTS, deit.VARIANTS]
+)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -119,7 +119,7 @@ def cross_selective_scan(
     compute_dtype=jnp.float64 if is_double else jnp.float32,
   )
 
-  def run(arrays):
+  def run(arrays, _):
     local = arguments.Arguments(**arrays)
     impl = dispatch.choose(
       "cross_selective_scan", IMPLEMENTATIONS, implementation, local, options

@@ -15,6 +15,7 @@ from pallas_kernels.selective_scan import (
   mosaic_gpu,
   mosaic_gpu_common,
   reference,
+  sequence,
   xla_associative,
   xla_sequential,
 )
@@ -124,7 +125,8 @@ def selective_scan(
   Reverse-mode differentiable with respect to every array (more than once only
   with "xla_associative" and "reference"), under `jax.jit`, `jax.vmap`,
   `jax.checkpoint` and `jax.shard_map`. On a mesh set by `jax.set_mesh` it runs
-  per shard over batch and channels; the rules are those of
+  per shard over batch, channels and tokens (split tokens are scanned twice, and
+  exchange one state per device); the rules are those of
   `pallas_kernels.partition`. NaN and infinity propagate.
 
   Args:
@@ -173,18 +175,24 @@ def selective_scan(
     compute_dtype=jnp.float64 if is_double else jnp.float32,
   )
 
-  def run(arrays):
+  def run(arrays, token_axes):
     local = arguments.Arguments(**arrays)
     impl = dispatch.choose(
       "selective_scan", IMPLEMENTATIONS, implementation, local, options
     )
+    if token_axes:
+      return sequence.selective_scan(local, options, impl.function, token_axes)
     return impl.function(local, options)
 
+  shards = partition.sequence_shards(args.u, arguments.LAYOUTS["u"])
   y, state = partition.per_shard(
     run,
-    args._asdict(),
+    sequence.pad(args, options, shards)._asdict(),
     layouts=arguments.LAYOUTS,
     out_layouts=(arguments.LAYOUTS["u"], arguments.STATE_LAYOUT),
     lead="u",
+    split_tokens=True,
   )
+  if y.shape != args.u.shape:
+    y = y[:, : args.u.shape[1]]
   return (y, state) if return_final_state else y

@@ -29,7 +29,9 @@ def uniform(bound: float) -> Initializer:
 
 
 def torch_linear(scale: float = 1.0) -> Initializer:
-  """PyTorch's default for a linear kernel (fan_in, fan_out).
+  """PyTorch's default for a kernel whose last axis is the output.
+
+  That is (fan_in, fan_out) in linear layers, (h, w, in, out) in convolutions.
 
   U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which PyTorch writes as
   `kaiming_uniform_(a=sqrt(5))`.
@@ -39,7 +41,8 @@ def torch_linear(scale: float = 1.0) -> Initializer:
   """
 
   def init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
-    return uniform(scale / math.sqrt(shape[0]))(key, shape, dtype)
+    fan_in = math.prod(shape[:-1])
+    return uniform(scale / math.sqrt(fan_in))(key, shape, dtype)
 
   return init
 

@@ -50,7 +50,9 @@ class SelectiveSSM(nn.Module):
     state_size: Length n of the hidden state per channel.
     dt_rank: Rank of the step-size projection.
     reverse: Scan from the last token to the first.
+    kernel_init: Initialiser of both projections.
     dt_bias_init: Initialiser of the step-size bias.
+    dt_bias_scale: Multiplies the step-size bias.
     scan_implementation: See `pallas_kernels.selective_scan`.
     precision: Of the matrix products, see `jax.lax.Precision`.
     dtype: Computation dtype; None follows the input.
@@ -60,7 +62,9 @@ class SelectiveSSM(nn.Module):
   state_size: int
   dt_rank: int
   reverse: bool = False
+  kernel_init: basic.Initializer = basic.torch_linear()
   dt_bias_init: basic.Initializer = step_bias()
+  dt_bias_scale: float = 1.0
   scan_implementation: pallas_kernels.Implementation | None = None
   precision: basic.Precision = None
   dtype: basic.Dtype | None = None
@@ -76,7 +80,7 @@ class SelectiveSSM(nn.Module):
       return nn.Dense(
         features,
         use_bias=False,
-        kernel_init=basic.torch_linear(),
+        kernel_init=self.kernel_init,
         precision=self.precision,
         dtype=dtype,
         param_dtype=self.param_dtype,
@@ -102,7 +106,7 @@ class SelectiveSSM(nn.Module):
       B,
       C,
       D,
-      delta_bias=dt_bias,
+      delta_bias=self.dt_bias_scale * dt_bias,
       delta_softplus=True,
       reverse=self.reverse,
       implementation=self.scan_implementation,

@@ -14,8 +14,11 @@ import numpy as np
 
 from vimjax import registry
 from vimjax.layers import stack
+from vimjax.models import deit as deit_model
+from vimjax.models import mambavision as mambavision_model
 from vimjax.models import vim as vim_model
-from vimjax.weights import rules, vim
+from vimjax.models import vmamba as vmamba_model
+from vimjax.weights import deit, mambavision, rules, vim, vmamba
 
 _LOG = logging.getLogger(__name__)
 _StateDict = dict[str, np.ndarray]
@@ -26,23 +29,55 @@ class Family:
   """How the checkpoints of one family are read.
 
   Attributes:
-    rules: Official keys to our paths.
+    rules: Official keys to our paths, for a model.
     ignored: Patterns of official keys without a place here, and why.
-    adapt: Fits arrays that depend on the image size to a model, given what
-      size they are probably of.
+    adapt: Fits arrays to a model: other layouts, other image sizes. Its third
+      argument is the image size that the arrays are probably of.
+    restore: Adds to an exported state dict what was ignored.
+    smallest_side: Side of a small image that a model takes.
     head: Official key of the classifier's weight, (classes, features), and all
       keys that a new classifier replaces.
   """
 
-  rules: Sequence[rules.Rule]
+  rules: Callable[[Any], Sequence[rules.Rule]]
   ignored: Mapping[str, str]
-  adapt: Callable[[Any, _StateDict, Any], _StateDict]
+  adapt: Callable[[Any, _StateDict, Any], _StateDict] = lambda _, arrays, __: (
+    arrays
+  )
+  restore: Callable[[_StateDict], _StateDict] = lambda arrays: arrays
+  smallest_side: Callable[[Any], int] = lambda _: 32
   head: tuple[str, ...] = ("head.weight", "head.bias")
 
 
 FAMILIES: Final[dict[type[nn.Module], Family]] = {
-  vim_model.Vim: Family(rules=vim.RULES, ignored=vim.IGNORED, adapt=vim.adapt),
+  vim_model.Vim: Family(
+    rules=lambda _: vim.RULES,
+    ignored=vim.IGNORED,
+    adapt=vim.adapt,
+    smallest_side=lambda model: model.patch_size,
+  ),
+  mambavision_model.MambaVision: Family(
+    rules=lambda _: mambavision.RULES,
+    ignored=mambavision.IGNORED,
+    restore=mambavision.restore,
+  ),
+  deit_model.DeiT: Family(
+    rules=lambda _: deit.RULES,
+    ignored=deit.IGNORED,
+    adapt=deit.adapt,
+    smallest_side=lambda model: model.patch_size,
+  ),
+  vmamba_model.VMamba: Family(
+    rules=vmamba.rules_for,
+    ignored=vmamba.IGNORED,
+    adapt=vmamba.adapt,
+    head=vmamba.HEAD,
+  ),
 }
+
+# What wrappers put before every key: data parallelism, pre-training, and
+# classes of the `transformers` package.
+_PREFIXES: Final = ("module.", "encoder.", "model.")
 
 
 def convert_state_dict(
@@ -62,12 +97,15 @@ def convert_state_dict(
     model_or_name: A model, or a name for `create_model`. The variables have its
       layout, `scan_layers` included.
     state_dict: Official names to arrays (NumPy, or anything that `np.asarray`
-      takes, such as CPU tensors). A common prefix "module." is dropped.
+      takes, such as CPU tensors). "module.", "encoder." or "model." before
+      every key is dropped.
     image_size: The variables fit the model with this `image_size` instead.
+      Models without a positional embedding have the same for all sizes.
     rng: Key for a new classifier, as from `jax.random.key`.
 
   Returns:
-    {"params": ...}, on the default device, in the model's `param_dtype`.
+    {"params": ...} and, with batch norms, {"batch_stats": ...}, on the default
+    device, parameters in the model's `param_dtype`.
 
   Raises:
     ValueError: Keys are missing, unexpected or of the wrong shape or dtype (one
@@ -75,35 +113,28 @@ def convert_state_dict(
     TypeError: The model is of no family with official weights, or `state_dict`
       is not a flat mapping of arrays.
   """
-  model = model_or_name
-  if isinstance(model, str):
-    model = registry.create_model(model)
-  if type(model) not in FAMILIES:
-    known = [module.__name__ for module in FAMILIES]
-    raise TypeError(
-      f"convert_state_dict: expected a name or one of {known}, got {model!r}."
-    )
-  family = FAMILIES[type(model)]
-  made_for, scanned = model.image_size, model.scan_layers
-  fields: dict[str, Any] = dict(scan_layers=False, parent=None)
-  if image_size is not None:
-    fields["image_size"] = image_size
-  model = model.clone(**fields)
-
+  model, family = resolve(model_or_name, "convert_state_dict")
+  has = registry.field_names(type(model))
+  scanned = "scan_layers" in has and model.scan_layers
+  made_for = model.image_size if "image_size" in has else None
+  if image_size is not None and made_for is not None:
+    model = model.clone(image_size=image_size)
   arrays, problems = _arrays(state_dict), []
   try:
     arrays = family.adapt(model, arrays, made_for)
   except ValueError as error:
     problems.append(str(error))
-  wanted, new_head = _flat_params(model), []
+  wanted, new_head = shapes(model, family), []
   change = _head_change(model, family, arrays)
   if change:
-    new_head = _paths(family, family.head)
+    new_head = _paths(family.rules(model), family.head)
     arrays = {k: v for k, v in arrays.items() if k not in family.head}
     wanted = {k: v for k, v in wanted.items() if k not in new_head}
   if change and rng is None:
     problems.append(f"{change}; pass rng=jax.random.key(seed) for a new head")
-  params, more = rules.apply(family.rules, family.ignored, arrays, wanted)
+  params, more = rules.apply(
+    family.rules(model), family.ignored, arrays, wanted
+  )
   problems += more
   if problems:
     raise ValueError(
@@ -113,13 +144,40 @@ def convert_state_dict(
   flat = jax.tree.map(jnp.asarray, params)
   if change:
     _LOG.warning("New head: %s.", change)
-    flat |= _initialise(model, new_head, rng)
-  variables = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+    flat |= _initialise(model, family, new_head, rng)
+  variables = _unflat(flat)
   return stack.stack_layers(variables) if scanned else variables
 
 
+def resolve(model_or_name: Any, caller: str) -> tuple[Any, Family]:
+  """The model, and how checkpoints of its family are read.
+
+  Raises:
+    TypeError: There is no such family; the message starts with `caller`.
+    ValueError: There is no model of that name.
+  """
+  model = model_or_name
+  if isinstance(model, str):
+    model = registry.create_model(model)
+  if type(model) not in FAMILIES:
+    known = [module.__name__ for module in FAMILIES]
+    raise TypeError(
+      f"{caller}: expected a name or one of {known}, got {model!r}."
+    )
+  return model.clone(parent=None), FAMILIES[type(model)]
+
+
+def shapes(model: Any, family: Family) -> dict[str, jax.ShapeDtypeStruct]:
+  """Our paths and what belongs there, with layers that are not stacked."""
+  if getattr(model, "scan_layers", False):
+    model = model.clone(scan_layers=False)
+  side = family.smallest_side(model)
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  return flatten(jax.eval_shape(model.init, jax.random.key(0), image))
+
+
 def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
-  """Checks the structure, drops a common "module." and makes NumPy arrays."""
+  """Checks the structure, drops common prefixes and makes NumPy arrays."""
   if not isinstance(state_dict, Mapping):
     raise TypeError(
       "convert_state_dict: state_dict must map official names to arrays, got "
@@ -131,21 +189,30 @@ def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
       f"convert_state_dict: {nested} are mappings, not arrays. Pass the state "
       f"dict inside, such as checkpoint[{nested[0]!r}]."
     )
-  prefix = "module."
-  cut = len(prefix) if all(k.startswith(prefix) for k in state_dict) else 0
-  return {key[cut:]: np.asarray(value) for key, value in state_dict.items()}
+  arrays = {key: np.asarray(value) for key, value in state_dict.items()}
+  while arrays:
+    common = [p for p in _PREFIXES if all(key.startswith(p) for key in arrays)]
+    if not common:
+      break
+    arrays = {k.removeprefix(common[0]): v for k, v in arrays.items()}
+  return arrays
 
 
-def _flat_params(model: nn.Module) -> dict[str, Any]:
-  """Our paths and what belongs there, without computing anything."""
-  variables = jax.eval_shape(model.init, jax.random.key(0), _smallest(model))
-  return traverse_util.flatten_dict(variables["params"], sep="/")
+def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Paths as in rules, where other collections than "params" come first."""
+  flat: dict[str, Any] = traverse_util.flatten_dict(dict(variables), sep="/")
+  return {path.removeprefix("params/"): leaf for path, leaf in flat.items()}
 
 
-def _smallest(model: Any) -> jax.ShapeDtypeStruct:
-  # Parameters do not depend on the images' size.
-  side = model.patch_size
-  return jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `flatten`."""
+  paths = (
+    path if path.startswith("batch_stats/") else f"params/{path}"
+    for path in flat
+  )
+  return traverse_util.unflatten_dict(
+    dict(zip(paths, flat.values(), strict=True)), sep="/"
+  )
 
 
 def _head_change(model: Any, family: Family, arrays: _StateDict) -> str | None:
@@ -161,22 +228,21 @@ def _head_change(model: Any, family: Family, arrays: _StateDict) -> str | None:
   )
 
 
-def _paths(family: Family, keys: Sequence[str]) -> list[str]:
+def _paths(known: Sequence[rules.Rule], keys: Sequence[str]) -> list[str]:
   """Our paths for official keys."""
-  targets = (rule.target(key) for key in keys for rule in family.rules)
+  targets = (rule.target(key) for key in keys for rule in known)
   return [path for path in targets if path]
 
 
 def _initialise(
-  model: Any, paths: Sequence[str], rng: Array | None
+  model: Any, family: Family, paths: Sequence[str], rng: Array | None
 ) -> dict[str, Array]:
   """Some parameters as the model itself initialises them."""
+  side = family.smallest_side(model)
 
   @jax.jit  # So that XLA drops everything else.
   def init(key: Array | None) -> dict[str, Array]:
-    image = jnp.zeros(_smallest(model).shape)
-    params = model.init(key, image)["params"]
-    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten(model.init(key, jnp.zeros((1, side, side, 3))))
     return {path: flat[path] for path in paths}
 
   return init(rng)

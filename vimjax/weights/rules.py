@@ -45,7 +45,8 @@ class Rule:
 
   Attributes:
     pattern: Regular expression that the whole official key matches.
-    path: Our path, "/" between levels; \1 stands for the first group.
+    path: Our path, "/" between levels; \1 stands for the first group. Under
+      "batch_stats/" are running statistics, all else are parameters.
     layout: How the array is stored.
   """
 
@@ -57,6 +58,30 @@ class Rule:
     """Our path for an official key, or None if the rule is for others."""
     match = re.fullmatch(self.pattern, key)
     return match.expand(self.path) if match else None
+
+  def source(self, path: str) -> str | None:
+    """The official key for our path: the inverse of `target`."""
+    groups = _GROUP.findall(self.pattern)
+    seen: set[str] = set()
+
+    def group(match: re.Match[str]) -> str:
+      number = match[1]
+      if number in seen:
+        return f"(?P=g{number})"
+      seen.add(number)
+      return f"(?P<g{number}>{groups[int(number) - 1]})"
+
+    match = re.fullmatch(_REFERENCE.sub(group, self.path), path)
+    if match is None:
+      return None
+    numbers = iter(range(1, len(groups) + 1))
+    key = _GROUP.sub(lambda _: match[f"g{next(numbers)}"], self.pattern)
+    return key.replace(r"\.", ".")
+
+
+# Patterns and paths are plain names with groups: they can be turned around.
+_GROUP = re.compile(r"\(([^()]*)\)")
+_REFERENCE = re.compile(r"\\(\d)")
 
 
 def apply(
@@ -103,6 +128,31 @@ def apply(
   return params, problems
 
 
+def invert(
+  rules: Sequence[Rule], ours: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Converts our arrays to official ones: the exact inverse of `apply`.
+
+  Args:
+    rules: As for `apply`.
+    ours: Our paths and arrays.
+
+  Returns:
+    Official keys and arrays in the rules' order, and all problems found.
+  """
+  found: list[dict[str, np.ndarray]] = [{} for _ in rules]
+  problems = []
+  for path, value in ours.items():
+    sources = [(i, r.source(path)) for i, r in enumerate(rules)]
+    sources = [(i, key) for i, key in sources if key]
+    if len(sources) != 1:
+      problems.append(f"{path} {value.shape} matches {len(sources)} rules")
+      continue
+    ((i, key),) = sources
+    found[i][key] = rules[i].layout.to_official(value)
+  return {k: v for part in found for k, v in part.items()}, problems
+
+
 def _fit(
   key: str, value: np.ndarray, layout: Layout, leaf: Any
 ) -> tuple[np.ndarray, list[str]]:
@@ -112,7 +162,7 @@ def _fit(
     return value, [f"{key} has shape {value.shape}, expected {official}"]
   if not _is_float(value.dtype):
     return value, [f"{key} has dtype {value.dtype}, expected a float"]
-  return layout.to_ours(value).astype(leaf.dtype), []
+  return layout.to_ours(value).astype(leaf.dtype, copy=False), []
 
 
 def _is_float(dtype: np.dtype) -> bool:

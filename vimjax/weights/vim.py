@@ -1,18 +1,11 @@
 """Official Vim checkpoints: names, layouts and positional embeddings."""
 
-import logging
-import math
 from typing import Final
 
-import jax.numpy as jnp
 import numpy as np
 
 from vimjax.models import vim
-from vimjax.weights import rules
-
-Size = int | tuple[int, int]
-
-_LOG = logging.getLogger(__name__)
+from vimjax.weights import pos_embed, rules
 
 _MIXER = r"layers\.(\d+)\.mixer\."
 _OURS = r"layers_\1/mixer/"
@@ -63,37 +56,15 @@ IGNORED: Final[dict[str, str]] = {}
 
 
 def adapt(
-  model: vim.Vim, state_dict: dict[str, np.ndarray], image_size: Size
+  model: vim.Vim,
+  state_dict: dict[str, np.ndarray],
+  image_size: int | tuple[int, int],
 ) -> dict[str, np.ndarray]:
-  """Resizes the positional embedding if the model's grid is another.
-
-  Args:
-    model: What the arrays are for.
-    state_dict: Official keys and arrays.
-    image_size: What the checkpoint was made for, if its rows are as many as
-      that gives; otherwise its grid must be square.
-
-  Raises:
-    ValueError: The checkpoint's grid cannot be told.
-  """
-  position = state_dict.get("pos_embed")
-  if position is None or position.ndim != 3:
-    return state_dict  # A problem for the rules to report.
-  new, old = model.grid(model.image_size), model.grid(image_size)
-  patches = position.shape[1] - (model.class_token != "none")
-  if patches != old[0] * old[1]:
-    side = math.isqrt(max(patches, 0))
-    if side == 0 or side * side != patches:
-      raise ValueError(
-        f"pos_embed has {patches} patches, the model needs {new[0]}x{new[1]}, "
-        "and these are no square grid to resize. Convert with a model whose "
-        "image_size is that of the checkpoint; it takes images of any size."
-      )
-    old = (side, side)
-  if old == new:
-    return state_dict
-  _LOG.info("Resizing pos_embed from a grid of %s to %s.", old, new)
-  resized = model.resize_pos_embed(
-    jnp.asarray(position[0], jnp.float32), old, new
+  """Resizes the positional embedding if the model's grid is another."""
+  return pos_embed.fit(
+    state_dict,
+    model.grid(image_size),
+    model.grid(model.image_size),
+    class_token=model.class_token != "none",
+    resize=model.resize_pos_embed,
   )
-  return {**state_dict, "pos_embed": np.asarray(resized)[None]}

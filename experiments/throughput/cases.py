@@ -1,0 +1,141 @@
+"""What is measured: cases, in groups that are timed together."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any, Final, Literal
+
+import jax
+import jax.numpy as jnp
+
+import vimjax
+
+Mode = Literal["inference", "training"]
+Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["full", "tf32"]
+Attention = Literal["materialised", "flash"]
+
+BASELINES: Final = ("deit_tiny", "deit_small", "deit_base")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """One program.
+
+  Attributes:
+    model: Name of a published model.
+    size: Side of the images.
+    batch: Images at a time.
+    mode: "inference": logits. "training": forward and backward pass of the
+      cross-entropy, and an SGD update in place.
+    dtype: Of the computation; parameters are float32.
+    precision: Of float32 matrix products; None in bfloat16.
+    attention: How a baseline attends: with the whole matrix of weights in
+      memory, as in the papers' comparisons, or by flash attention.
+  """
+
+  model: str
+  size: int
+  batch: int
+  mode: Mode
+  dtype: Dtype
+  precision: Precision | None
+  attention: Attention | None = None
+
+  @property
+  def label(self) -> str:
+    """The model, with what it attends by."""
+    return self.model + (f" ({self.attention})" if self.attention else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Lists of which every combination is measured.
+
+  Attributes:
+    models: Names of models; each brings the baseline nearest in size.
+    sizes: Sides of the images.
+    batches: Batch sizes.
+    modes: See `Case`.
+    dtypes: See `Case`.
+    precision: Of float32 rows, the same for models and baselines.
+    flash: Whether bfloat16 rows get a flash attention baseline too.
+  """
+
+  models: Sequence[str]
+  sizes: Sequence[int]
+  batches: Sequence[int]
+  modes: Sequence[Mode] = ("inference", "training")
+  dtypes: Sequence[Dtype] = ("float32",)
+  precision: Precision = "full"
+  flash: bool = False
+
+
+PRESETS: Final[Mapping[str, Sequence[Plan]]] = {
+  "cpu": (
+    Plan(
+      models=("vim_tiny", "mambavision_tiny"), sizes=(128, 224), batches=(1,)
+    ),
+  ),
+  # The most wanted first: a time limit cuts from the end.
+  "gpu": (
+    Plan(
+      models=("vim_tiny", "vmamba_tiny_s1l8", "mambavision_tiny"),
+      sizes=(224,),
+      batches=(128,),
+      dtypes=("bfloat16",),
+      flash=True,
+    ),
+    Plan(
+      models=("vim_tiny",),
+      sizes=(1248, 2048, 1024, 512),
+      batches=(8,),
+      modes=("inference",),
+      dtypes=("bfloat16", "float32"),
+      precision="tf32",
+      flash=True,
+    ),
+  ),
+}
+
+
+@functools.cache
+def parameters(model: str) -> int:
+  """How many numbers training changes."""
+  shapes = jax.eval_shape(
+    vimjax.create_model(model).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32),
+  )
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def baseline(model: str) -> str:
+  """The DeiT with the most similar number of parameters."""
+  own = math.log(parameters(model))
+  return min(BASELINES, key=lambda name: abs(math.log(parameters(name)) - own))
+
+
+def groups(plan: Plan) -> list[list[Case]]:
+  """Cases that differ in the model only are in one group, timed in turn."""
+  found = []
+  for dtype, mode, size, batch in itertools.product(
+    plan.dtypes, plan.modes, plan.sizes, plan.batches
+  ):
+    shared: dict[str, Any] = dict(
+      size=size,
+      batch=batch,
+      mode=mode,
+      dtype=dtype,
+      precision=plan.precision if dtype == "float32" else None,
+    )
+    group = [Case(model=name, **shared) for name in plan.models]
+    # Flash attention takes half precision only.
+    flash = plan.flash and dtype == "bfloat16"
+    for name in sorted({baseline(name) for name in plan.models}):
+      for attention in ("materialised", "flash")[: 1 + flash]:
+        group.append(Case(model=name, attention=attention, **shared))
+    found.append(group)
+  return found

@@ -1,0 +1,165 @@
+"""Tables, growth exponents and plots of measured rows."""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.throughput import cases, measure
+import vimjax
+from vimjax import optional
+
+_COLUMNS = (
+  "model",
+  "image",
+  "batch",
+  "step",
+  "dtype",
+  "images/s",
+  "ms (quartiles)",
+  "temp MiB",
+  "against DeiT",
+  "compile s",
+)
+
+
+def markdown(rows: Sequence[measure.Row]) -> str:
+  """One line per row, as a Markdown table."""
+  lines = [
+    "| " + " | ".join(_COLUMNS) + " |",
+    "| " + " | ".join("---" for _ in _COLUMNS) + " |",
+  ]
+  lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
+  return "\n".join(lines)
+
+
+def _cells(row: measure.Row, rows: Sequence[measure.Row]) -> list[str]:
+  case = row.case
+  dtype = case.dtype + (f", {case.precision}" if case.precision else "")
+  head = [case.label, str(case.size), str(case.batch), case.mode, dtype]
+  if row.median_s is None or row.quartiles_s is None or row.temp_bytes is None:
+    return [*head, row.error or "", *[""] * (len(_COLUMNS) - 6)]
+  low, high = (f"{1e3 * x:.1f}" for x in row.quartiles_s)
+  return [
+    *head,
+    f"{row.images_per_second:.1f}",
+    f"{1e3 * row.median_s:.1f} ({low} to {high})",
+    f"{row.temp_bytes / 2**20:.0f}",
+    _against_baseline(row, rows),
+    f"{row.compile_s:.1f}",
+  ]
+
+
+def _against_baseline(row: measure.Row, rows: Sequence[measure.Row]) -> str:
+  """Speed and memory relative to the DeiT that materialises its attention."""
+  case = row.case
+  wanted = dataclasses.replace(
+    case, model=cases.baseline(case.model), attention="materialised"
+  )
+  for base in rows:
+    if case.attention or base.case != wanted:
+      continue
+    if base.median_s and row.median_s and base.temp_bytes and row.temp_bytes:
+      return (
+        f"{base.median_s / row.median_s:.2f}x speed, "
+        f"{row.temp_bytes / base.temp_bytes:.2f}x memory"
+      )
+  return ""
+
+
+def _series(
+  rows: Sequence[measure.Row],
+) -> list[tuple[str, list[measure.Row]]]:
+  """Rows that differ in the image size only, smallest first, with a name."""
+
+  def key(row: measure.Row) -> tuple[str, ...]:
+    case = row.case
+    parts = (case.label, case.mode, case.dtype, case.precision or "")
+    return (*parts, f"batch {case.batch}")
+
+  measured = sorted((r for r in rows if r.median_s is not None), key=key)
+  return [
+    (
+      ", ".join(part for part in name if part),
+      sorted(group, key=lambda row: row.case.size),
+    )
+    for name, group in itertools.groupby(measured, key=key)
+  ]
+
+
+def growth(rows: Sequence[measure.Row]) -> str:
+  """How time and memory grow with the number of pixels, as exponents.
+
+  Least squares on logarithms over all sizes of a model: 1 is linear.
+  """
+  lines = []
+  for name, series in _series(rows):
+    sizes = [row.case.size for row in series]
+    if len(sizes) < 2:
+      continue
+    pixels = np.log(np.square(np.asarray(sizes, float)))
+    exponents = [
+      np.polyfit(pixels, np.log([float(value) for value in values]), 1)[0]
+      for values in (
+        [row.median_s or 0.0 for row in series],
+        [row.temp_bytes or 1 for row in series],
+      )
+    ]
+    lines.append(
+      f"{name}: time grows as pixels^{exponents[0]:.2f}, temporary memory as "
+      f"pixels^{exponents[1]:.2f} ({sizes[0]} to {sizes[-1]})"
+    )
+  return "\n".join(lines)
+
+
+def _axes(**options: Any) -> tuple[Any, Any]:
+  # Not pyplot: a figure of its own needs no display and leaves no state.
+  optional.require("matplotlib", extra="plot")
+  module = optional.require("matplotlib.figure", extra="plot")
+  figure = module.Figure(layout="constrained", figsize=(8, 5))
+  ax = figure.subplots()
+  ax.grid(alpha=0.3)
+  ax.set(**options)
+  return figure, ax
+
+
+def plots(rows: Sequence[measure.Row], folder: pathlib.Path) -> list[str]:
+  """Draws throughput and memory by image size, and accuracy by throughput.
+
+  Returns:
+    The names of the PNG files in `folder`.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  names = []
+  for name, title, value in (
+    ("throughput.png", "images/s", lambda row: row.images_per_second),
+    ("memory.png", "temporary MiB", lambda row: row.temp_bytes / 2**20),
+  ):
+    figure, ax = _axes(
+      xlabel="side of the image", ylabel=title, xscale="log", yscale="log"
+    )
+    for label, series in _series(rows):
+      sizes = [row.case.size for row in series]
+      ax.plot(sizes, [value(row) for row in series], "o-", label=label)
+    _finish(figure, ax, folder / name)
+    names.append(name)
+  figure, ax = _axes(
+    xlabel="images/s (measured)", ylabel="top-1 % (published)", xscale="log"
+  )
+  for label, series in _series(rows):
+    variant = vimjax.get_variant(series[0].case.model)
+    at = [r for r in series if r.case.size == variant.preprocessing.size]
+    if at and variant.pretrained is not None:
+      top1 = variant.pretrained.top1
+      ax.plot([at[0].images_per_second], [top1], "o", label=label)
+  _finish(figure, ax, folder / "accuracy.png")
+  return [*names, "accuracy.png"]
+
+
+def _finish(figure: Any, ax: Any, path: pathlib.Path) -> None:
+  if ax.get_legend_handles_labels()[0]:
+    ax.legend(fontsize=7)
+  figure.savefig(path, dpi=120)

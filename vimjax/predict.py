@@ -1,0 +1,187 @@
+"""Classifies images: `python -m vimjax.predict IMAGE... --model NAME`.
+
+Prints the most probable classes of each image. Without --weights, the published
+checkpoint is downloaded on first use. An image that cannot be read is named on
+standard error, the others go on, and the exit code is 1.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import json
+import sys
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vimjax import imagenet_classes, optional, preprocessing, registry
+from vimjax.weights import convert, download, pretrained
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns the exit code."""
+  args = _parser().parse_args(argv)
+  try:
+    optional.require("PIL.Image", extra="image")
+    model, variables = _load(args)
+  except (OSError, ValueError, ModuleNotFoundError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  results = _predict_all(model, variables, args)
+  print(json.dumps(results, indent=2) if args.json else _table(results))
+  return int(any("error" in result for result in results))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m vimjax.predict",
+    description="Prints the most probable classes of images.",
+  )
+  parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+  parser.add_argument(
+    "--model",
+    required=True,
+    choices=registry.list_models(),
+    metavar="NAME",
+    help="model, such as vim_tiny",
+  )
+  parser.add_argument(
+    "--weights",
+    metavar="FILE",
+    help="checkpoint, official or converted (default: download the published "
+    "one)",
+  )
+  parser.add_argument(
+    "--accept-license",
+    action="store_true",
+    help="accept the licence of weights that may not be used commercially",
+  )
+  parser.add_argument(
+    "--top", type=_positive, default=5, help="classes per image (default: 5)"
+  )
+  parser.add_argument(
+    "--batch-size", type=_positive, default=32, help="images at a time"
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="print JSON instead of a table"
+  )
+  return parser
+
+
+def _positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError("must be positive")
+  return value
+
+
+def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+  model = registry.create_model(args.model)
+  path = args.weights
+  if path is None:
+    published = registry.get_variant(args.model).pretrained
+    if published is None:
+      raise ValueError(
+        f"No weights were published for {args.model}; pass --weights FILE."
+      )
+    path = download.fetch(published, accept_license=args.accept_license)
+  state_dict = pretrained.read_official(model, path)
+  classes = pretrained.class_count(state_dict)
+  if classes is not None:
+    model = registry.create_model(args.model, num_classes=classes)
+  return model, convert.convert_state_dict(model, state_dict)
+
+
+def _predict_all(
+  model: nn.Module, variables: Any, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+  """One entry per image, in order; unreadable ones have an "error"."""
+
+  @jax.jit
+  def probabilities(variables: Any, images: jax.Array) -> jax.Array:
+    logits: Any = model.apply(variables, images)
+    return jax.nn.softmax(logits, axis=-1)
+
+  results = []
+  total = len(args.images)
+  # Few images do not fill a batch: no need to compute a whole one.
+  size = min(args.batch_size, total)
+  for names in _batched(args.images, size):
+    entries, pixels = _read(names, args.model)
+    if pixels:
+      padding = [np.zeros_like(pixels[0])] * (size - len(pixels))
+      batch = jnp.asarray(np.stack(pixels + padding))
+      rows = iter(np.asarray(probabilities(variables, batch)))
+      for entry in entries:
+        if "error" not in entry:
+          entry["predictions"] = _top(next(rows), args.top)
+    results += entries
+    _progress(len(results), total)
+  return results
+
+
+def _batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+  return itertools.batched(items, size)
+
+
+def _read(
+  names: Iterable[str], model: str
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+  """Entries of all images, and the pixels of those that can be read."""
+  pil = optional.require("PIL.Image", extra="image")
+  entries, pixels = [], []
+  for name in names:
+    try:
+      with pil.open(name) as image:
+        pixels.append(preprocessing.preprocess(image, model))
+      entries.append({"image": name})
+    except Exception as error:
+      # Decoders of damaged files raise almost anything.
+      reason = str(error) or type(error).__name__
+      print(f"error: cannot read {name}: {reason}", file=sys.stderr)
+      entries.append({"image": name, "error": reason})
+  return entries, pixels
+
+
+def _top(row: np.ndarray, count: int) -> list[dict[str, Any]]:
+  """The most probable classes, by falling probability."""
+  names = imagenet_classes.names() if row.size == 1000 else None
+  best = np.argsort(-row, kind="stable")[:count]
+  return [
+    {
+      "class": names[i] if names else f"class {i}",
+      "index": int(i),
+      "probability": float(row[i]),
+    }
+    for i in best
+  ]
+
+
+def _progress(done: int, total: int) -> None:
+  filled = 30 * done // total
+  bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} images"
+  # On a terminal the bar stays on one line; a log gets a line per batch.
+  terminal = sys.stderr.isatty()
+  end = "\r" if terminal and done < total else "\n"
+  print(bar, end=end, file=sys.stderr, flush=True)
+
+
+def _table(results: Iterable[dict[str, Any]]) -> str:
+  lines = []
+  for result in results:
+    lines.append(result["image"])
+    if "error" in result:
+      lines.append("  cannot be read")
+    for row in result.get("predictions", ()):
+      lines.append(
+        f"  {100 * row['probability']:6.2f} %  {row['index']:4d}  "
+        f"{row['class']}"
+      )
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
