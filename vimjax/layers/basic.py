@@ -16,7 +16,8 @@ Initializer = nn.initializers.Initializer
 
 def compute_dtype(dtype: Dtype | None, x: Array) -> jnp.dtype:
   """The dtype that a layer computes in: its own, else that of its input."""
-  return jnp.dtype(x.dtype if dtype is None else dtype)
+  # float64 only where JAX computes in it: without, NumPy's would warn.
+  return jax.dtypes.canonicalize_dtype(x.dtype if dtype is None else dtype)
 
 
 def uniform(bound: float) -> Initializer:

@@ -360,6 +360,7 @@ class MambaVision(nn.Module):
     checks.positive_integers(
       self, ["num_classes", "dim", "in_dim", "state_size", "conv_size"]
     )
+    checks.positive(self, ["mlp_ratio"])
     for name in ("depths", "num_heads", "window_size"):
       value = getattr(self, name)
       if len(value) != 4 or not all(
@@ -391,7 +392,7 @@ class MambaVision(nn.Module):
       Logits in float32 (float64 if the computation is).
 
     Raises:
-      ValueError: Wrong rank, channel count or dtype.
+      ValueError: Wrong rank, channel count or dtype, or no pixels.
     """
     return self._run(images, train, "logits")
 
@@ -420,6 +421,7 @@ class MambaVision(nn.Module):
     output: Literal["logits", "pooled", "features"],
   ) -> Any:
     checks.images(self, images)
+    checks.smallest_side(self, images, 1)
     dtype = basic.compute_dtype(self.dtype, images)
     wide = jnp.promote_types(dtype, jnp.float32)
     fields: dict[str, Any] = dict(

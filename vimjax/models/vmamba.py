@@ -31,6 +31,9 @@ _ACTIVATIONS: Final = {
 }
 
 
+_SIZES: Final = ("num_classes", "embed_dim", "state_size", "conv_size")
+
+
 class SS2D(nn.Module):
   """2-D selective scan: projection, depthwise convolution, scan, projection.
 
@@ -366,6 +369,12 @@ class VMamba(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
+    checks.positive_integers(self, _SIZES)
+    if self.dt_rank is not None:
+      checks.positive_integers(self, ["dt_rank"])
+    checks.depths(self, self.depths)
+    checks.positive(self, ["expand"])
+    checks.not_negative(self, ["mlp_ratio"])
     checks.one_of(self, "mixer", get_args(Mixer))
     checks.one_of(self, "activation", get_args(Activation))
     checks.one_of(self, "stem", get_args(Stem))
@@ -417,7 +426,7 @@ class VMamba(nn.Module):
     output: Literal["logits", "pooled", "features"],
   ) -> Any:
     checks.images(self, images)
-    _check_size(images, self.stem)
+    checks.smallest_side(self, images, 4 if self.stem == "patches" else 1)
     dtype = basic.compute_dtype(self.dtype, images)
     wide = _wide(dtype)
     shared: dict[str, Any] = dict(
@@ -519,16 +528,6 @@ def _conv(
     param_dtype=param_dtype,
     name=name,
   )
-
-
-def _check_size(images: Array, stem: Stem) -> None:
-  h, w = images.shape[1:3]
-  smallest = 4 if stem == "patches" else 1
-  if min(h, w) < smallest:
-    raise ValueError(
-      f"VMamba: an image of {h}x{w} pixels is smaller than {smallest}x"
-      f"{smallest}; enlarge it."
-    )
 
 
 def _weights(
