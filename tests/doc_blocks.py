@@ -17,6 +17,7 @@ import numpy as np
 
 from tests import readme_tables
 import vimjax
+from vimjax.weights import download
 
 _SAID = re.compile(r"# (\([\d, ]+\))$")
 
@@ -55,10 +56,12 @@ def write_checkpoint(path: pathlib.Path, tree: dict[str, Any]) -> None:
 
 def publish(monkeypatch: Any, folder: pathlib.Path) -> None:
   """Lets downloads of published weights find files of a folder instead."""
+
+  def refuse(*args, **kwargs):
+    raise OSError("The tests do not use the network.")
+
   found = lambda repository, file: str(folder / file)
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", found)
-
-  def from_release(published):
-    return folder / published.files[0]
-
-  monkeypatch.setattr("vimjax.weights.download._from_release", from_release)
+  monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+  from_release = lambda published: folder / published.files[0]
+  monkeypatch.setattr(download, "_from_release", from_release)
