@@ -257,7 +257,8 @@ def generate() -> str:
 def _entry(name: str, value: Any) -> Iterator[str]:
   yield f"### `{name}`\n"
   if typing.get_origin(value) is not None:
-    yield _fenced(f"{name.rpartition('.')[2]} = {value}".replace("typing.", ""))
+    text = str(value).removeprefix("typing.").replace("'", '"')
+    yield _fenced(f"{name.rpartition('.')[2]} = {text}")
     return
   value = inspect.unwrap(value)  # From a cache.
   yield _fenced(_declaration(value))
