@@ -12,7 +12,7 @@ ARGS :=
 # Extra flags for pytest, such as TESTS='tests/models -k vim'
 TESTS :=
 
-.PHONY: demo test lint types suite format clean
+.PHONY: demo test lint types suite docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.imagenet --config digits \
@@ -29,6 +29,11 @@ types: $(VENV)/.dev
 
 suite: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal $(TESTS)
+
+# The tables in README.md and docs/, and docs/api.md, anew.
+docs: $(VENV)/.dev
+	$(BIN)/python -m tests.readme_tables
+	$(BIN)/python -m tests.api_reference
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,11 @@
-"""Writes the generated parts of README.md: `python -m tests.readme_tables`.
+"""Writes the generated tables: `python -m tests.readme_tables`.
 
-A part stands between `<!-- NAME... -->` and `<!-- end of NAME -->`.
+They are parts of README.md and of the pages in docs/. A part stands between
+`<!-- NAME... -->` and `<!-- end of NAME -->`.
 """
 
 from collections.abc import Callable
+import functools
 import json
 import pathlib
 import re
@@ -13,37 +15,76 @@ import jax
 import jax.numpy as jnp
 
 import vimjax
+from vimjax import registry
+from vimjax.weights import download
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "experiments" / "results"
+FAMILIES = ("vim", "vmamba", "mambavision", "deit")
+
+
+def quick_model(name: str) -> Any:
+  """A model with its layers scanned: as many numbers, much less to trace."""
+  module = vimjax.get_variant(name).module
+  scanned = "scan_layers" in registry.field_names(module)
+  return vimjax.create_model(name, **({"scan_layers": True} if scanned else {}))
 
 
 def parameter_count(name: str) -> int:
   """How many numbers a model learns, without computing any."""
-  model = vimjax.create_model(name)
-  image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  model = quick_model(name)
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), image)
   return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
 def models() -> str:
-  """One row per model."""
+  """One row per model: the families in turn, each from small to large."""
   rows = [
-    "| Name | Parameters | ImageNet-1k top-1, published | Official weights |",
-    "| --- | ---: | ---: | --- |",
+    "| Name | Parameters | Top-1 | Licence of the weights | Commercial use |",
+    "| --- | ---: | ---: | --- | --- |",
   ]
-  for name in vimjax.list_models():
-    pretrained = vimjax.get_variant(name).pretrained
-    accuracy, weights = "not published", "none"
+  for family in FAMILIES:
+    counts = {n: parameter_count(n) for n in vimjax.list_models(f"{family}_*")}
+    for name in sorted(counts, key=lambda n: (counts[n], n)):
+      pretrained = vimjax.get_variant(name).pretrained
+      facts = "not published | none published | "
+      if pretrained is not None:
+        use = "yes" if pretrained.commercial_use else "**no**"
+        facts = f"{pretrained.top1:.1f} | {pretrained.license} | {use}"
+      rows.append(f"| `{name}` | {counts[name]:,} | {facts} |")
+  return "\n".join(rows)
+
+
+def variants(family: str) -> str:
+  """One row per model of a family: what it is built with, and its weights."""
+  rows = [
+    "| Name | Official name | Fields | Top-1, top-5 | Image | Weights |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
+  for name in vimjax.list_models(f"{family}_*"):
+    variant = vimjax.get_variant(name)
+    fields = ", ".join(f"{k}={v!r}" for k, v in variant.fields.items())
+    how, pretrained = variant.preprocessing, variant.pretrained
+    accuracy, weights = "not published", "none published"
     if pretrained is not None:
       accuracy = f"{pretrained.top1:.1f}"
-      use = "" if pretrained.commercial_use else ", non-commercial"
-      weights = f"{pretrained.license}{use}"
+      if pretrained.top5 is not None:
+        accuracy += f", {pretrained.top5:.1f}"
+      page = download.web_page(pretrained)
+      if page == pretrained.source:  # A release: the folder is no page.
+        page += f"/{pretrained.files[0]}"
+      weights = f"[{pretrained.files[0]}]({page})"
     rows.append(
-      f"| `{name}` | {parameter_count(name):,} | {accuracy} | {weights} |"
+      f"| `{name}` | `{variant.official}` | `{fields}` | {accuracy} | "
+      f"{how.size}, {how.crop_mode} {how.crop_fraction:g} | {weights} |"
     )
-  return "\n".join(rows)
+  return "\n".join(rows) + (
+    "\n\nAccuracies on ImageNet-1k in percent, as published by the authors. "
+    "Image: side in\npixels, and how `vimjax.preprocess` crops."
+  )
 
 
 def _result(name: str) -> Any:
@@ -86,10 +127,15 @@ def bench() -> str:
   )
 
 
-PARTS: dict[str, Callable[[], str]] = {
-  "models": models,
-  "digits": digits,
-  "bench": bench,
+# Which file each part is in, and what writes it.
+PARTS: dict[str, tuple[pathlib.Path, Callable[[], str]]] = {
+  "models": (README, models),
+  "digits": (README, digits),
+  "bench": (README, bench),
+  **{
+    family: (DOCS / f"{family}.md", functools.partial(variants, family))
+    for family in FAMILIES
+  },
 }
 
 
@@ -100,20 +146,23 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def current(name: str) -> str:
-  """The part of the README as it stands."""
-  match = _pattern(name).search(README.read_text())
+  """A part as it stands."""
+  file = PARTS[name][0]
+  match = _pattern(name).search(file.read_text())
   if match is None:
-    raise ValueError(f"{README} has no part {name!r}")
+    raise ValueError(f"{file} has no part {name!r}")
   return match[2]
 
 
 def write() -> None:
   """Generates every part anew."""
-  text = README.read_text()
-  for name, generate in PARTS.items():
+  for name, (file, generate) in PARTS.items():
     part = generate()
-    text = _pattern(name).sub(lambda m, p=part: f"{m[1]}{p}\n{m[3]}", text)
-  README.write_text(text)
+    file.write_text(
+      _pattern(name).sub(
+        lambda m, p=part: f"{m[1]}{p}\n{m[3]}", file.read_text()
+      )
+    )
 
 
 if __name__ == "__main__":

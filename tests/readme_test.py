@@ -1,15 +1,23 @@
 """What the README shows is true: its code runs, its tables are current."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 
+from PIL import Image
 import pytest
 
 from experiments.imagenet import errors
-from tests import readme_tables
+from tests import doc_blocks, readme_tables
+import vimjax
+from vimjax.weights import checkpoint_files
 
 TEXT = readme_tables.README.read_text()
 CI = (readme_tables.ROOT / ".ci" / "run").read_text()
+_HERE = "tests/readme_test.py"
 _TRAIN = "python -m experiments.imagenet --config"
 # Where each command of the README is run: the text to look for in .ci/run, or
 # a test.
@@ -18,8 +26,13 @@ COMMANDS = {
   "make test": "make test",
   "pip install .": "dist/*.whl",
   # Several GB, and of use on a GPU machine only: its name is tested below.
-  "pip install '.[cuda]'": "tests/readme_test.py",
+  "pip install '.[cuda]'": _HERE,
+  "pip install '.[weights,image]'": "dist/*.whl)[weights,image]",
   "pip install '.[train,plot]'": "make demo",
+  "python -m vimjax.convert --model vim_tiny in.pth out.safetensors": _HERE,
+  "python -m vimjax.convert --model vim_tiny --to-torch out.safetensors "
+  "back.pth": _HERE,
+  "python -m vimjax.predict cat.jpg --model vim_tiny": _HERE,
   "python -m pallas_kernels.bench": "pallas_kernels.bench",
   f"{_TRAIN} vim_tiny:smoke --workdir runs/smoke": "--config vim_tiny:smoke",
   "python -m experiments.prepare_imagenet --tar_dir ~/ILSVRC2012": (
@@ -30,12 +43,9 @@ COMMANDS = {
 }
 
 
-def _blocks(language: str) -> list[str]:
-  return re.findall(rf"(?ms)^```{language}\n(.*?)^```", TEXT)
-
-
 def test_every_command_is_run_by_ci_or_a_test():
-  commands = [line for block in _blocks("bash") for line in block.splitlines()]
+  blocks = doc_blocks.blocks(readme_tables.README, "bash")
+  commands = [line for block in blocks for line in block.splitlines()]
   assert sorted(commands) == sorted(COMMANDS)
   for where in COMMANDS.values():
     if where.startswith("tests/"):
@@ -44,19 +54,100 @@ def test_every_command_is_run_by_ci_or_a_test():
       assert where in CI
 
 
-@pytest.mark.parametrize("block", _blocks("python"))
-def test_python_code_runs_and_shapes_are_as_said(block):
-  names: dict[str, object] = {}
-  exec(compile(block, "README.md", "exec"), names)
-  said = re.findall(r"(?m)^(\w+) = .*# (\([\d, ]+\))$", block)
-  assert {n: str(getattr(names[n], "shape", None)) for n, _ in said} == dict(
-    said
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The files that the README speaks of, and two published checkpoints."""
+  folder = tmp_path_factory.mktemp("readme")
+  Image.new("RGB", (90, 60), "orange").save(folder / "cat.jpg")
+  state_dict = doc_blocks.official_weights("vim_tiny")
+  tree = {"model": state_dict, "model_ema": state_dict}
+  doc_blocks.write_checkpoint(folder / "in.pth", tree)
+  other = doc_blocks.official_weights("mambavision_tiny")
+  published = {"vim_tiny": state_dict, "mambavision_tiny": other}
+  for name, arrays in published.items():
+    file = vimjax.get_variant(name).pretrained.files[0]
+    doc_blocks.write_checkpoint(folder / file, arrays)
+  return folder
+
+
+_PYTHON = doc_blocks.blocks(readme_tables.README, "python")
+
+
+@pytest.mark.parametrize("block", _PYTHON, ids=range(len(_PYTHON)))
+def test_python_code_runs_and_shapes_are_as_said(
+  block, folder, monkeypatch, capsys
+):
+  monkeypatch.chdir(folder)
+  doc_blocks.publish(monkeypatch, folder)
+  doc_blocks.run(block, {})
+  printed = capsys.readouterr().err
+  assert ("CC-BY-NC-SA-4.0" in printed) == ("accept_license" in block)
+
+
+def _run(command, folder):
+  """Runs a command of the README where its files are, without a network."""
+  assert command in COMMANDS
+  python, *arguments = shlex.split(command)
+  assert python == "python"
+  run = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=folder,
+    env={
+      **os.environ,
+      "PYTHONPATH": str(readme_tables.ROOT),
+      "HF_HOME": str(folder / "cache"),
+      "HF_HUB_OFFLINE": "1",
+    },
+    capture_output=True,
+    text=True,
+    check=False,
   )
+  assert run.returncode == 0, run.stderr
+  return run
 
 
-@pytest.mark.parametrize("name", readme_tables.PARTS)
+def test_convert_there_and_back(folder):
+  convert = "python -m vimjax.convert --model vim_tiny"
+  _run(f"{convert} in.pth out.safetensors", folder)
+  _run(f"{convert} --to-torch out.safetensors back.pth", folder)
+  there, back = (
+    checkpoint_files.read_state_dict(folder / name)
+    for name in ("in.pth", "back.pth")
+  )
+  assert set(back) == set(there)
+
+
+def test_predict_with_a_downloaded_checkpoint(folder):
+  published = vimjax.get_variant("vim_tiny").pretrained
+  # As the library keeps what it has downloaded.
+  repository = "models--" + published.source.replace("/", "--")
+  cached = folder / "cache" / "hub" / repository
+  commit = "0" * 40
+  (cached / "refs").mkdir(parents=True)
+  (cached / "refs" / "main").write_text(commit)
+  (cached / "snapshots" / commit).mkdir(parents=True)
+  (folder / published.files[0]).rename(
+    cached / "snapshots" / commit / published.files[0]
+  )
+  run = _run("python -m vimjax.predict cat.jpg --model vim_tiny", folder)
+  assert "licence Apache-2.0" in run.stderr
+  name, *rows = run.stdout.splitlines()
+  assert name == "cat.jpg"
+  # All weights are zero, all classes equally probable.
+  assert [row.split()[:2] for row in rows] == [["0.10", "%"]] * 5
+
+
+@pytest.mark.parametrize("name", ["models", "digits", "bench"])
 def test_generated_parts_are_current(name):
-  assert readme_tables.current(name) == readme_tables.PARTS[name]()
+  file, generate = readme_tables.PARTS[name]
+  assert file == readme_tables.README
+  assert readme_tables.current(name) == generate()
+
+
+def test_the_table_has_every_model():
+  assert sorted(re.findall(r"(?m)^\| `(\w+)` \| [\d,]+ \|", TEXT)) == (
+    vimjax.list_models()
+  )
 
 
 def test_exit_codes_are_listed():

@@ -3,19 +3,19 @@
 Official to ours (.pth, .pth.tar or .safetensors to .safetensors), or with
 --to-torch ours to official (.safetensors to .pth or .safetensors), which the
 official code loads. PyTorch is not needed. The licence of the published weights
-is printed, and kept in the metadata of safetensors files.
+is printed, and kept in the metadata of safetensors files, beside what the
+metadata of the input said.
 """
 
 import argparse
 from collections.abc import Sequence
-import logging
 import pathlib
 import sys
 from typing import Any
 
 import jax
 
-from vimjax import registry, version
+from vimjax import command_line, registry, version
 from vimjax.weights import (
   checkpoint_files,
   convert,
@@ -29,18 +29,18 @@ from vimjax.weights import (
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
   args = _parser().parse_args(argv)
-  logging.basicConfig(format="%(message)s", level=logging.INFO)
   try:
     _check_paths(args)
-    arrays = _to_official(args) if args.to_torch else _to_ours(args)
-  except (OSError, ValueError, ModuleNotFoundError) as error:
+    with command_line.messages():
+      arrays = _to_official(args) if args.to_torch else _to_ours(args)
+  except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   published = registry.get_variant(args.model).pretrained
   if published is not None:
     print(
-      f"{args.model}: {download.license_notice(published)} Weights derived "
-      "from these keep that licence."
+      f"{args.model}: if derived from the published weights, the file keeps "
+      f"their licence. {download.license_notice(published)}"
     )
   print(f"wrote {args.output} ({arrays} arrays)")
   return 0
@@ -68,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--image-size",
-    type=int,
+    type=command_line.positive_integer,
     metavar="PIXELS",
-    help="image side that the result is for, where the model has positional "
-    "embeddings (default: the published one; with --to-torch, the weights' "
-    "own must be given)",
+    help="image side that the result is for; makes a difference to models with "
+    "a positional embedding (default: the published one; with --to-torch, the "
+    "weights' own, which must be given if the file does not say it)",
   )
   parser.add_argument(
     "--to-torch",
@@ -97,41 +97,36 @@ def _check_paths(args: argparse.Namespace) -> None:
 
 
 def _to_ours(args: argparse.Namespace) -> int:
-  model = registry.create_model(args.model)
-  state_dict = pretrained.read_official(model, args.input, args.weights)
-  model = _for_classes(args.model, state_dict)
-  variables = convert.convert_state_dict(
-    model, state_dict, image_size=args.image_size
+  found = _read(args)
+  model = convert.resized(found.model(args.model), args.image_size)
+  variables = convert.convert(
+    found.model(args.model),
+    found.state_dict,
+    image_size=args.image_size,
+    made_for=found.made_for,
   )
   checkpoint_files.save_variables(
-    args.output, variables, metadata=_metadata(args)
+    args.output, variables, metadata=_metadata(args, found, model)
   )
   return len(jax.tree.leaves(variables))
 
 
-def _for_classes(name: str, state_dict: Any, **fields: Any) -> Any:
-  """The model with the classifier of a state dict."""
-  classes = pretrained.class_count(state_dict)
-  if classes is not None:
-    fields["num_classes"] = classes
-  return registry.create_model(name, **fields)
+def _read(args: argparse.Namespace) -> pretrained.Checkpoint:
+  model = registry.create_model(args.model)
+  return pretrained.read(model, args.input, args.weights)
 
 
 def _to_official(args: argparse.Namespace) -> int:
-  state_dict = checkpoint_files.read_state_dict(args.input, args.weights)
-  if not checkpoint_files.is_ours(state_dict):
+  found = _read(args)
+  if found.variables is None:
     raise ValueError(f"{args.input} has official names already.")
-  variables = checkpoint_files.unflatten(state_dict)
-  model = registry.create_model(args.model)
-  names = export.official_names(model, variables)
-  size = {"image_size": args.image_size} if args.image_size else {}
-  official = export.export_state_dict(
-    _for_classes(args.model, names, **size), variables
-  )
+  size = args.image_size or checkpoint_files.recorded_size(found.metadata)
+  model = convert.resized(found.model(args.model), size)
+  official = export.export_state_dict(model, found.variables)
   if args.output.suffix == ".safetensors":
     # "format" is what the official ecosystem's loaders look for.
     checkpoint_files.write_safetensors(
-      args.output, official, {**_metadata(args), "format": "pt"}
+      args.output, official, {**_metadata(args, found, model), "format": "pt"}
     )
   else:
     with checkpoint_files.replacing(args.output) as temporary:
@@ -139,21 +134,40 @@ def _to_official(args: argparse.Namespace) -> int:
   return len(official)
 
 
-def _metadata(args: argparse.Namespace) -> dict[str, str]:
+def _metadata(
+  args: argparse.Namespace, found: pretrained.Checkpoint, model: Any
+) -> dict[str, str]:
+  """What the input says about itself, and what is known about the model.
+
+  Whether these are the published weights, or were trained from them, cannot be
+  told; so the keys say whose licence and source they are.
+  """
   metadata = {
-    "model": args.model,
     "converted_from": args.input.name,
     "weights": args.weights,
+    **_kept(found),
+    "model": args.model,
     "converter": f"vimjax {version.__version__}",
   }
-  published = registry.get_variant(args.model).pretrained
-  if published is not None:
+  if hasattr(model, "image_size"):
+    metadata |= checkpoint_files.size_metadata(model.image_size)
+  pretrained_weights = registry.get_variant(args.model).pretrained
+  if pretrained_weights is not None:
     metadata |= {
-      "license": published.license,
-      "commercial_use": str(published.commercial_use).lower(),
-      "source": download.web_page(published),
+      "published_license": pretrained_weights.license,
+      "published_commercial_use": str(
+        pretrained_weights.commercial_use
+      ).lower(),
+      "published_source": download.web_page(pretrained_weights),
     }
   return metadata
+
+
+def _kept(found: pretrained.Checkpoint) -> dict[str, str]:
+  """The metadata of files that we wrote."""
+  if found.variables is None and "converter" not in found.metadata:
+    return {}
+  return {k: v for k, v in found.metadata.items() if k != "format"}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vimjax import imagenet_classes, optional, preprocessing, registry
-from vimjax.weights import convert, download, pretrained
+from vimjax import (
+  command_line,
+  imagenet_classes,
+  optional,
+  preprocessing,
+  registry,
+)
+from vimjax.weights import convert, download, pretrained, published
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,10 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     help="accept the licence of weights that may not be used commercially",
   )
   parser.add_argument(
-    "--top", type=_positive, default=5, help="classes per image (default: 5)"
+    "--top",
+    type=command_line.positive_integer,
+    default=5,
+    help="classes per image (default: 5)",
   )
   parser.add_argument(
-    "--batch-size", type=_positive, default=32, help="images at a time"
+    "--batch-size",
+    type=command_line.positive_integer,
+    default=32,
+    help="images at a time (default: 32)",
   )
   parser.add_argument(
     "--json", action="store_true", help="print JSON instead of a table"
@@ -71,28 +83,19 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _positive(text: str) -> int:
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError("must be positive")
-  return value
-
-
 def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-  model = registry.create_model(args.model)
   path = args.weights
   if path is None:
-    published = registry.get_variant(args.model).pretrained
-    if published is None:
-      raise ValueError(
-        f"No weights were published for {args.model}; pass --weights FILE."
-      )
-    path = download.fetch(published, accept_license=args.accept_license)
-  state_dict = pretrained.read_official(model, path)
-  classes = pretrained.class_count(state_dict)
-  if classes is not None:
-    model = registry.create_model(args.model, num_classes=classes)
-  return model, convert.convert_state_dict(model, state_dict)
+    path = download.fetch(
+      published.checkpoint(args.model, "predict"),
+      accept_license=args.accept_license,
+      consent="--accept-license",
+    )
+  found = pretrained.read(registry.create_model(args.model), path)
+  model = found.model(args.model)
+  return model, convert.convert(
+    model, found.state_dict, made_for=found.made_for
+  )
 
 
 def _predict_all(

@@ -54,7 +54,9 @@ def _both_ways(
   scan: _Scan,
 ) -> jax.Array:
   """Scans along the second and third dimension, forwards and backwards."""
-  flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+  # Sizes in full: -1 cannot be told in an empty batch.
+  b, h, w, _ = args.u.shape
+  flat = lambda x: x.reshape(b, h * w, *x.shape[3:])
   results = []
   for k, reverse in zip(directions, (False, True), strict=True):
     y, _ = scan(

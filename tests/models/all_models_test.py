@@ -139,6 +139,30 @@ def test_output_shapes(name):
   assert shape("features") == features
 
 
+@pytest.mark.parametrize(
+  "name",
+  "vim_tiny vmamba_tiny_s1l8 vmamba_tiny_m2 mambavision_tiny deit_tiny".split(),
+)
+@pytest.mark.parametrize("method", ["__call__", "features"])
+def test_an_empty_batch_gives_empty_results(name, method):
+  model = _quick(name)
+  images = jax.ShapeDtypeStruct((0, 64, 96, 3), jnp.float32)
+  out = jax.eval_shape(
+    lambda v, x: model.apply(v, x, method=method), _abstract(model), images
+  )
+  want = (0, 10)
+  if method == "features":
+    _, shapes = _pooled_and_feature_shapes(model)
+    want = jax.tree.map(
+      lambda shape: (0, *shape[1:]), shapes, is_leaf=_is_shape
+    )
+  assert jax.tree.map(lambda leaf: leaf.shape, out) == want
+
+
+def _is_shape(x):
+  return isinstance(x, tuple) and isinstance(x[0], int)
+
+
 @pytest.mark.parametrize("name", [n for n in OFFICIAL if OFFICIAL[n][1]])
 def test_all_official_keys_convert_and_back(name):
   family, keys = OFFICIAL[name][1].split("/")

@@ -260,6 +260,44 @@ def test_precision_reaches_every_matrix_product(precision):
     assert both == products
 
 
+@pytest.mark.parametrize(
+  "precision", ["BF16_BF16_F32", jax.lax.DotAlgorithmPreset.BF16_BF16_F32]
+)
+def test_a_preset_reaches_every_matrix_product(precision):
+  model, variables, images = _small(precision=precision, depth=1)
+  text = str(jax.make_jaxpr(model.apply)(variables, images))
+  assert text.count("precision=BF16_BF16_F32") == 6 + 2
+
+
+def test_bfloat16_does_not_round_the_sum_with_the_position():
+  model, variables, images = _small(dtype="bfloat16", depth=1)
+  variables = jax.tree.map(np.zeros_like, variables)
+  position = variables["params"]["pos_embed"]
+  position += np.float32(1 + 2.0**-12)  # bfloat16 would take it for 1.
+  _, state = quick.jit(
+    lambda v, x: model.apply(
+      v, x, capture_intermediates=True, mutable=["intermediates"]
+    )
+  )(variables, images)
+  (tokens,) = state["intermediates"]["layers_0"]["__call__"]
+  np.testing.assert_array_equal(tokens[0], position, strict=True)
+
+
+def test_float64_images_of_numpy_need_no_jit():
+  # Warnings are errors here: JAX has one for float64 where it has none.
+  model, variables, images = _small(depth=1)
+  got = model.apply(variables, images[:1].astype(np.float64))
+  assert got.dtype == jnp.float32
+  want = _apply(model, variables, images[:1])
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_list_of_images_is_refused():
+  model, variables, _ = _small()
+  with pytest.raises(TypeError, match="images must be an array .* got a list"):
+    model.apply(variables, [[[[0.0, 0.0, 0.0]]]])
+
+
 def test_one_trace_per_image_size():
   model, variables, images = _small(scan_layers=True)
   traces = []
@@ -294,6 +332,8 @@ def test_wrong_images_are_refused(images, message):
   [
     (dict(depth=0), "depth must be a positive integer, got 0"),
     (dict(num_heads=5), "embed_dim=192 does not divide into num_heads=5"),
+    (dict(mlp_ratio=0), "mlp_ratio must be positive, got 0"),
+    (dict(mlp_ratio=float("nan")), "mlp_ratio must be positive, got nan"),
     (dict(image_size=8), "8x8 pixels is smaller than one patch"),
     (dict(drop_path_rate=-0.1), r"drop_path_rate must be in \[0, 1\), got -0"),
     (dict(attention_implementation="flash"), r"None or one of \['xla', 'cud"),

@@ -380,6 +380,7 @@ def test_one_trace_per_image_size():
   [
     (np.zeros((32, 32, 3), np.float32), r"\(batch, height, width, 3\), got"),
     (np.zeros((1, 32, 32, 3), np.uint8), "floating point, got uint8"),
+    (np.zeros((1, 0, 32, 3), np.float32), "0x32 pixels is smaller than 1x1"),
   ],
 )
 def test_wrong_images_are_refused(images, message):
@@ -392,6 +393,7 @@ def test_wrong_images_are_refused(images, message):
   ("fields", "message"),
   [
     (dict(dim=0), "dim must be a positive integer, got 0"),
+    (dict(mlp_ratio=-1.0), "mlp_ratio must be positive, got -1.0"),
     (dict(depths=(1, 2, 3)), r"depths must be four positive integers, got \(1"),
     (dict(window_size=(8, 8, 14, 0)), "window_size must be four positive"),
     (dict(num_heads=(2, 4, 7, 16)), r"320 channels of stage 2 do not divide"),

@@ -11,7 +11,7 @@ import pytest
 
 from tests import golden_data, quick
 import vimjax
-from vimjax.layers import attention
+from vimjax.layers import attention, conv_block, window_block
 from vimjax.models import mambavision
 from vimjax.weights import mambavision as mambavision_weights
 
@@ -156,7 +156,7 @@ class _PaddedLevel(nn.Module):
   def __call__(self, x):
     x = mambavision.WindowStage(
       window_size=4,
-      scan=mambavision.MambaVisionMixer,
+      scan=window_block.MambaVisionMixer,
       attend=functools.partial(attention.Attention, num_heads=2),
       block={},
       name="stages_2",
@@ -170,9 +170,9 @@ def _downsample(features=32, **fields):
   )
 
 
-_MIXER = mambavision.MambaVisionMixer()
-_SCAN_BLOCK = mambavision.Block(mambavision.MambaVisionMixer, layer_scale=1.0)
-_ATTENTION_BLOCK = mambavision.Block(
+_MIXER = window_block.MambaVisionMixer()
+_SCAN_BLOCK = window_block.Block(window_block.MambaVisionMixer, layer_scale=1.0)
+_ATTENTION_BLOCK = window_block.Block(
   functools.partial(attention.Attention, num_heads=4)
 )
 # Reference -> our module; where its weights, there under "levels.0.", are in a
@@ -189,12 +189,12 @@ OPS = {
   "block_attn": (_ATTENTION_BLOCK, "levels.2.blocks.0.", "stages_2/blocks_0/"),
   "block_mamba_ls": (_SCAN_BLOCK, "levels.2.blocks.0.", "stages_2/blocks_0/"),
   "convblock": (
-    mambavision.ConvBlock(),
+    conv_block.ConvBlock(),
     "levels.0.blocks.0.",
     "stages_0/blocks_0/",
   ),
   "patch_embed": (
-    mambavision.PatchEmbed(in_dim=8, dim=16),
+    conv_block.PatchEmbed(in_dim=8, dim=16),
     "patch_embed.",
     "patch_embed/",
   ),

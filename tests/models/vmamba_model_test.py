@@ -187,6 +187,16 @@ def test_one_trace_per_image_size():
     (dict(activation="relu"), "activation must be one of"),
     (dict(drop_path_rate=1.0), r"drop_path_rate must be in \[0, 1\), got 1.0"),
     (dict(conv_size=4), "conv_size must be odd, got 4"),
+    (dict(conv_size=-1), "conv_size must be a positive integer, got -1"),
+    (dict(num_classes=0), "num_classes must be a positive integer, got 0"),
+    (dict(embed_dim=9.5), "embed_dim must be a positive integer, got 9.5"),
+    (dict(state_size=0), "state_size must be a positive integer, got 0"),
+    (dict(dt_rank=0), "dt_rank must be a positive integer, got 0"),
+    (dict(depths=(2, 0)), r"depths must be positive integers, .* got \(2, 0\)"),
+    (dict(depths=()), r"depths must be positive integers, one per stage, got"),
+    (dict(depths=3), "depths must be positive integers, one per stage, got 3"),
+    (dict(expand=0), "expand must be positive, got 0"),
+    (dict(mlp_ratio=-1), "mlp_ratio must not be negative, got -1"),
   ],
 )
 def test_impossible_fields_are_refused(fields, message):
@@ -199,6 +209,7 @@ def test_impossible_fields_are_refused(fields, message):
   [
     ((2, 3, 8), r"images must have shape \(batch, height, width, 3\)"),
     ((1, 8, 3, 3), "an image of 8x3 pixels is smaller than 4x4"),
+    ((1, 0, 8, 3), "an image of 0x8 pixels is smaller than 4x4"),
   ],
 )
 def test_impossible_images_are_refused(shape, message):

@@ -10,7 +10,7 @@ import pytest
 
 from tests import golden_data, quick
 import vimjax
-from vimjax.models import vmamba
+from vimjax.layers import pyramid, ss2d
 from vimjax.weights import vmamba as vmamba_weights
 
 TINY = (
@@ -179,35 +179,35 @@ _OP = ("layers.0.blocks.0.op.", "stages_0/layers_0/mixer/")
 # Reference -> our module; where its weights are in a whole model, officially
 # and in ours; whether it is channel-first.
 OPS = {
-  "ss2d_v05_noz": (vmamba.SS2D(), *_OP, True),
-  "ss2d_v05_noz_1x1": (vmamba.SS2D(), *_OP, True),
-  "ss2d_v05_chlast": (vmamba.SS2D(), *_OP, False),
-  "ss2d_v05_z": (vmamba.SS2D(gate=True), *_OP, True),
+  "ss2d_v05_noz": (ss2d.SS2D(), *_OP, True),
+  "ss2d_v05_noz_1x1": (ss2d.SS2D(), *_OP, True),
+  "ss2d_v05_chlast": (ss2d.SS2D(), *_OP, False),
+  "ss2d_v05_z": (ss2d.SS2D(gate=True), *_OP, True),
   "ss2d_v05_noz_r2_n4": (
-    vmamba.SS2D(expand=2.0, state_size=4, conv_bias=True),
+    ss2d.SS2D(expand=2.0, state_size=4, conv_bias=True),
     *_OP,
     True,
   ),
-  "ss2d_rank2": (vmamba.SS2D(), *_OP, True),
+  "ss2d_rank2": (ss2d.SS2D(), *_OP, True),
   "ss2d_v0": (
-    vmamba.SS2D(expand=2.0, state_size=16, conv_bias=True, gate=True),
+    ss2d.SS2D(expand=2.0, state_size=16, conv_bias=True, gate=True),
     *_OP,
     False,
   ),
   "vssblock": (
-    vmamba.Block(mixer={}, mlp_ratio=4.0, precision=None, **_DTYPES),
+    ss2d.Block(mixer={}, mlp_ratio=4.0, precision=None, **_DTYPES),
     "layers.0.blocks.0.",
     "stages_0/layers_0/",
     True,
   ),
   "patch_embed_v2": (
-    vmamba.OverlappingStem(16, precision=None, **_DTYPES),
+    pyramid.OverlappingStem(16, precision=None, **_DTYPES),
     "patch_embed.",
     "stem/",
     True,
   ),
   "patch_merging_even": (
-    vmamba.PatchMerging(precision=None, **_DTYPES),
+    pyramid.PatchMerging(precision=None, **_DTYPES),
     "layers.0.downsample.",
     "downsample_0/",
     False,
@@ -219,7 +219,7 @@ OPS = {
 def test_parts_equal_the_official_ones(name):
   module, official, ours, channel_first = OPS[name]
   want = golden_data.load("vmamba", f"ops/vmamba_{name}")
-  merging = isinstance(module, vmamba.PatchMerging)
+  merging = isinstance(module, pyramid.PatchMerging)
   whole = vimjax.VMamba(downsample="patch_merging" if merging else "conv")
   rules = {
     name.removeprefix("grad/"): _rule(whole, name.replace("grad/", official, 1))

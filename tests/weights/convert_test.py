@@ -201,6 +201,76 @@ def test_a_grid_that_cannot_be_told_is_refused():
     vimjax.convert_state_dict(_model(image_size=64), _state_dict())
 
 
+def test_a_square_grid_is_assumed_where_the_number_allows(caplog):
+  """16 patches may be 4x4 or 2x8: the model's own grid is the second guess."""
+  square = _model(image_size=64)
+  want = vimjax.convert_state_dict(square, _square_state_dict(4))["params"]
+  # The official file for a model of another grid, but as many patches.
+  model = _model(image_size=(32, 128))
+  with caplog.at_level(logging.WARNING):
+    variables = vimjax.convert_state_dict(model, _square_state_dict(4))
+  assert "from a grid of 4x4 to 2x8; pass image_size=" in caplog.text
+  got = variables["params"]["pos_embed"]
+  resized = square.resize_pos_embed(want["pos_embed"], (4, 4), (2, 8))
+  np.testing.assert_allclose(got, resized, rtol=0, atol=1e-6)
+  assert np.abs(got - want["pos_embed"]).max() > 0.1
+
+
+def test_a_resize_that_was_asked_for_is_no_warning(caplog):
+  with caplog.at_level(logging.INFO):
+    vimjax.convert_state_dict(
+      _model(image_size=64), _square_state_dict(4), image_size=96
+    )
+  (record,) = [r for r in caplog.records if "pos_embed" in r.message]
+  assert record.levelno == logging.INFO
+  assert record.message == "Resizing pos_embed from a grid of 4x4 to 6x6."
+
+
+def _published_state_dict(official):
+  keys = golden_data.load_json("vim", "keys")[official]
+  return {
+    key: np.broadcast_to(np.float32(1), shape)
+    for key, shape in golden_data.expand_keys(keys).items()
+  }
+
+
+def test_the_weights_of_a_sibling_are_refused():
+  """vim_tiny and vim_tiny_stride8 differ only in the positional embedding."""
+  state_dict = _published_state_dict("vim_tiny_patch16_224")
+  with pytest.raises(
+    ValueError, match="the grid of 'vim_tiny': choose .* image_size=224 to"
+  ):
+    vimjax.convert_state_dict("vim_tiny_stride8", state_dict)
+  # On purpose, as in the paper: fine-tuning on overlapping patches.
+  model = vimjax.create_model("vim_tiny_stride8", scan_layers=True)
+  variables = vimjax.convert_state_dict(model, state_dict, image_size=224)
+  assert variables["params"]["pos_embed"].shape == (27 * 27 + 1, 192)
+
+
+def test_keys_that_are_no_names_are_refused():
+  with pytest.raises(TypeError, match="names to arrays, got the key 3"):
+    vimjax.convert_state_dict(_model(), {**_state_dict(), 3: np.zeros(1)})
+
+
+@pytest.mark.parametrize(
+  "rng", [0, np.zeros(2), jax.random.split(jax.random.key(0))], ids=str
+)
+def test_what_is_no_key_is_refused_before_anything_is_said(rng, caplog):
+  with (
+    caplog.at_level(logging.INFO),
+    pytest.raises(TypeError, match="rng must be one key, as from jax.random"),
+  ):
+    vimjax.convert_state_dict(_model(num_classes=7), _state_dict(), rng=rng)
+  assert not caplog.records
+
+
+@pytest.mark.parametrize("size", [0, -224, "x", (224,), (224, 0), 2.5])
+@pytest.mark.parametrize("name", ["vmamba_tiny_s1l8", "mambavision_tiny"])
+def test_sizes_are_checked_where_they_make_no_difference(name, size):
+  with pytest.raises(ValueError, match="image_size must be a positive integer"):
+    vimjax.convert_state_dict(name, {}, image_size=size)
+
+
 def test_a_grid_of_as_many_patches_is_resized_too():
   # 4x6 patches to 3x8: the number of rows alone does not tell.
   variables = vimjax.convert_state_dict(

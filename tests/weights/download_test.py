@@ -30,13 +30,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self, body=True):
     self.log.append((self.command, self.path))
-    if self.path.startswith("/missing"):
-      self.send_error(404)
+    if self.path.startswith("/missing") or "absent" in self.path:
+      self.send_response(404)
+      self.send_header("X-Error-Code", "EntryNotFound")
+      self.send_header("Content-Length", "0")
+      self.end_headers()
       return
     self.send_response(200)
     extra = 10 if self.path.startswith("/short") else 0
     self.send_header("Content-Length", str(len(CONTENT) + extra))
-    self.send_header("ETag", f'"{SHA256}"')
+    changed = self.path.startswith("/changed")
+    tag = {True: "0" * 64, False: SHA256}[changed]
+    self.send_header("ETag", f'"{"1" * 40 if "small" in self.path else tag}"')
     self.send_header("X-Repo-Commit", "0" * 40)
     self.end_headers()
     if body:
@@ -159,9 +164,9 @@ from vimjax import variants
 from vimjax.weights import download
 
 for case in sys.argv[1:]:
-  source, sha256 = case.split("=")
+  source, sha256, *files = case.split("=")
   release = variants.Pretrained(
-    source=source, files=("weights.pth",), sha256=sha256,
+    source=source, files=files or ("weights.pth",), sha256=sha256 or None,
     license="MIT", commercial_use=True, top1=80.0,
   )
   try:
@@ -203,6 +208,33 @@ def test_the_hub(server, tmp_path):
   assert log.count(("GET", "/owner/repository/resolve/main/weights.pth")) == 1
   assert changed.startswith("DownloadError The checksum of weights.pth is")
   assert missing.startswith("DownloadError Could not download weights.pth")
+
+
+def test_what_the_hub_says_of_large_files_is_compared(server, tmp_path):
+  address, _ = server
+  same, changed, small = _hub(
+    tmp_path,
+    "owner/repository=",
+    "changed/repository=",
+    "owner/small=",  # Its tag is no SHA-256.
+    HF_ENDPOINT=address,
+  )
+  assert pathlib.Path(same).read_bytes() == CONTENT
+  assert changed.startswith("DownloadError The checksum of weights.pth is")
+  assert pathlib.Path(small).read_bytes() == CONTENT
+
+
+def test_the_second_file_stands_in_for_the_first(server, tmp_path):
+  address, _ = server
+  second, neither = _hub(
+    tmp_path,
+    f"owner/repository={'0' * 64}=absent.pth.tar=model.safetensors",
+    "owner/repository==absent.pth.tar=absent.safetensors",
+    HF_ENDPOINT=address,
+  )
+  assert second.endswith("model.safetensors")
+  assert pathlib.Path(second).read_bytes() == CONTENT
+  assert neither.startswith("DownloadError Could not download absent.pth.tar")
 
 
 def test_without_a_network_the_message_says_what_to_do(tmp_path):

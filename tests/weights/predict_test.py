@@ -81,8 +81,8 @@ def test_a_table(folder, capsys):
 def test_what_is_refused(folder, tmp_path, capsys):
   image = str(folder / "0.png")
   for arguments, message in (
-    (["--model", "vim_base_stride8"], "No weights were published"),
-    (["--model", "mambavision_tiny"], "accept_license=True"),
+    (["--model", "vim_base_stride8"], "no weights were published"),
+    (["--model", "mambavision_tiny"], "and pass --accept-license if you"),
     (["--model", "deit_tiny", "--weights", image], "not a file of torch.save"),
     (["--model", "deit_tiny", "--weights", str(tmp_path / "x")], "No such"),
     (
@@ -94,9 +94,11 @@ def test_what_is_refused(folder, tmp_path, capsys):
     output = capsys.readouterr()
     assert message in output.err
     assert not output.out
-  for arguments in (["--top", "0"], ["--batch-size", "-1"]):
+  for option, value in (("--top", "0"), ("--top", "a"), ("--batch-size", "-1")):
     with pytest.raises(SystemExit, match="2"):
-      _run(folder, *arguments, image)
+      _run(folder, option, value, image)
+    message = f"argument {option}: '{value}' is no positive integer"
+    assert message in capsys.readouterr().err
 
 
 def test_the_class_names():

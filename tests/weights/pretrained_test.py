@@ -1,6 +1,7 @@
 """`load_pretrained`: files of all kinds, and what is refused."""
 
 import pickle
+import struct
 import zipfile
 
 import chex
@@ -69,6 +70,47 @@ def test_our_own_files_load_into_every_layout(tmp_path):
     vimjax.save_variables(path, variables["params"])
   _assert_loads(path)  # The old file is still there.
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_our_own_files_say_which_grid_they_have(tmp_path, caplog):
+  """16 patches as 2x8: neither scrambled nor taken for 4x4."""
+  path = tmp_path / "ours.safetensors"
+  model = _model(image_size=(32, 128))
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3)))
+  position = variables["params"]["pos_embed"]
+  vimjax.save_variables(path, variables, image_size=(32, 128))
+  _assert_loads(path, variables, model)
+  assert not caplog.records
+  got = vimjax.load_pretrained(_model(image_size=64), path)["params"]
+  want = model.resize_pos_embed(position, (2, 8), (4, 4))
+  np.testing.assert_allclose(got["pos_embed"], want, rtol=0, atol=1e-6)
+  assert "Resizing pos_embed from a grid of 2x8 to 4x4; pass" in caplog.text
+  # Without the size: as the model's own, if it has as many patches.
+  vimjax.save_variables(path, variables)
+  _assert_loads(path, variables, model)
+
+
+def test_an_impossible_size_or_collection_is_not_saved(tmp_path):
+  path = tmp_path / "x.safetensors"
+  variables = {"params": {"a": np.zeros(1)}}
+  with pytest.raises(ValueError, match="save_variables: image_size must be"):
+    vimjax.save_variables(path, variables, image_size=0)
+  with pytest.raises(ValueError, match='perhaps "batch_stats", got .*cache'):
+    vimjax.save_variables(path, {**variables, "cache": {}})
+  assert not path.exists()
+
+
+def _as_float8(path):
+  """A file of one array in a type that NumPy does not have."""
+  header = b'{"w":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+  path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+
+
+def test_a_dtype_that_cannot_be_read_is_named(tmp_path):
+  path = tmp_path / "x.safetensors"
+  _as_float8(path)
+  with pytest.raises(ValueError, match="x.safetensors: w has dtype F8_E4M3"):
+    vimjax.load_pretrained(_model(), path)
 
 
 def _write_checkpoint(path, tree):

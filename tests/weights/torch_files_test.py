@@ -7,7 +7,9 @@ import random
 import shutil
 import struct
 import tarfile
+import types
 import zipfile
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +139,19 @@ def test_a_whole_module_is_refused_with_what_to_do():
     checkpoint_files.read_state_dict(path)
 
 
+def test_a_module_in_a_checkpoint_is_refused_with_what_to_do(tmp_path):
+  path = tmp_path / "x.pth"
+  module = torch_writer._name("torch.nn.modules.linear", "Linear")
+  for place, weights in (("model", "model"), ("state_dict_ema", "ema")):
+    key = torch_writer._string(place)
+    _write_zip(path, b"\x80\x02}" + key + module + b")\x81s.")
+    with pytest.raises(
+      pickle_values.CheckpointError,
+      match=rf"Its '{place}' is a pickled object, <.*Linear>.*state_dict\(\)",
+    ):
+      checkpoint_files.read_state_dict(path, weights)
+
+
 def test_the_choice_of_weights_is_checked():
   with pytest.raises(ValueError, match='must be "model" or "ema"'):
     checkpoint_files.read_state_dict("x.pth", "best")
@@ -252,7 +267,16 @@ IMPOSSIBLE = {
     dict(shape=(2**30, 2**30), strides=(0, 0)),
     "claims the shape",
   ),
-  "overflowing shape": (dict(shape=(2**62,) * 4, strides=(0,) * 4), "claims"),
+  "overflowing shape": (
+    dict(shape=(2**62,) * 4, strides=(0,) * 4),
+    "w: .*impossible shape",
+  ),
+  "overflowing stride": (dict(shape=(1,), strides=(2**62,)), "impossible"),
+  "too many axes": (dict(shape=(1,) * 100, strides=(1,) * 100), "impossible"),
+  "overflow of nothing": (
+    dict(shape=(0, 2**62, 2**62), strides=(1, 1, 1)),
+    "impossible shape",
+  ),
   "missing storage": (dict(key="7"), "'7' is missing"),
   "storage elsewhere": (dict(key="../data.pkl"), "is missing"),
   "absolute path": (dict(key="/etc/passwd"), "is missing"),
@@ -272,6 +296,40 @@ def test_the_hand_written_layout_is_right(tmp_path):
   _write_zip(tmp_path / "x.pth", _program())
   state_dict = checkpoint_files.read_state_dict(tmp_path / "x.pth")
   np.testing.assert_array_equal(state_dict["w"], np.ones(2))
+
+
+@BOTH
+@pytest.mark.parametrize(
+  "other", [dict(kind="IntStorage"), dict(kind="HalfStorage", size=4)]
+)
+def test_one_storage_has_one_type(form, other, tmp_path):
+  path = tmp_path / "x.pth"
+  program = _program()[:-1] + _program(**other)[3:]
+  if form == "_legacy":
+    # There the persistent id has one more part, None for a whole storage.
+    program = program.replace(b"tQ", b"NtQ")
+    path.write_bytes(_legacy(program, pickle.dumps(["0"], 2)))
+  else:
+    _write_zip(path, program)
+  _fails(path, "Storage '0' is mentioned with two types or sizes")
+
+
+def test_a_checksum_is_computed_once(tmp_path, monkeypatch):
+  """Many views of one storage, as of an optimiser's flat buffer."""
+  lengths = []
+
+  def crc32(content):
+    lengths.append(len(content))
+    return zlib.crc32(content)
+
+  view = _program()[3:-1]
+  names = [torch_writer._string(str(i)) for i in range(20)]
+  views = [view.replace(torch_writer._string("w"), name) for name in names]
+  _write_zip(tmp_path / "x.pth", b"\x80\x02}" + b"".join(views) + b".")
+  monkeypatch.setattr(torch_files, "zlib", types.SimpleNamespace(crc32=crc32))
+  state_dict = checkpoint_files.read_state_dict(tmp_path / "x.pth")
+  assert len(state_dict) == 20
+  assert lengths.count(8) == 1
 
 
 def test_odd_archives_are_refused(tmp_path):
@@ -308,10 +366,10 @@ def test_nothing_runs_in_either_form(tmp_path):
   call = torch_writer._name("builtins", "exec") + torch_writer._string(run)
   program = b"\x80\x02}" + torch_writer._string("model") + call + b"\x85Rs."
   _write_zip(tmp_path / "x.pth", program)
-  _fails(tmp_path / "x.pth", "model: <builtins.exec>")
+  _fails(tmp_path / "x.pth", "Its 'model' is a .*<builtins.exec>")
   legacy = _legacy(program, pickle.dumps([], 2))
   (tmp_path / "y.pth").write_bytes(legacy)
-  _fails(tmp_path / "y.pth", "model: <builtins.exec>")
+  _fails(tmp_path / "y.pth", "Its 'model' is a .*<builtins.exec>")
   assert not target.exists()
   pickle.loads(program)  # It would have run.
   assert target.exists()

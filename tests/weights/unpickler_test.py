@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from vimjax.weights import pickle_values, unpickler
+from vimjax.weights import pickle_values, torch_files, unpickler
 
 PLAIN = {
   "numbers": [0, 1, -1, 255, 65536, -(2**31), 2**70, -(2**2100), 0.5, True],
@@ -226,6 +226,10 @@ DAMAGED = {
   "claims 2**63 bytes": (b"\x8e" + b"\xff" * 7 + b"\x7f.", "damaged"),
   "claims 4 GiB": (b"B\xff\xff\xff\xffabc.", "damaged"),
   "many digits": (b"I" + b"9" * 5000 + b"\n.", "damaged"),
+  "rows of an ordered dict": (
+    b"ccollections\nOrderedDict\n(](](K\x01K\x02K\x03eetR.",
+    "rows of an OrderedDict",
+  ),
   "huge scalar": (
     b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x02\x00\x00\x00f8tR"
     b"B\x04\x00\x00\x00abcdtR.",
@@ -253,6 +257,71 @@ def test_damaged_pickles_give_one_clear_error(case):
 )
 def test_deep_nesting_does_not_overflow(data):
   assert repr(type(_load(data)))
+
+
+def _repeated(build, times=1000):
+  """A list of 1000 numbers, given to one builder again and again."""
+  values = b"](" + b"K\x01" * 1000 + b"eq\x00"
+  return values + b"](" + build * times + b"e\x86."
+
+
+@pytest.mark.parametrize(
+  "build",
+  [
+    b"cbuiltins\nset\nh\x00\x85R",
+    b"cbuiltins\nfrozenset\nh\x00\x85R",
+    b"ctorch\nSize\nh\x00\x85R",
+    b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nSize\nNh\x00\x85tR",
+  ],
+  ids=["set", "frozenset", "Size", "nested"],
+)
+def test_copies_of_copies_do_not_add_up(build):
+  """Python's own unpickler would make 1000 times 1000 values."""
+  builders = torch_files._BUILDERS
+  data = _repeated(build)
+  if b"rebuild" in build:  # Stays a record that holds the list itself.
+    lists, made = unpickler.load(io.BytesIO(data), builders=builders)
+    assert all(record.args[2][0] is lists for record in made)
+    return
+  with pytest.raises(pickle_values.CheckpointError, match="again and again"):
+    unpickler.load(io.BytesIO(data), builders=builders)
+  few = unpickler.load(io.BytesIO(_repeated(build, 5)), builders=builders)
+  assert len(few[1]) == 5
+
+
+def test_doubled_bytes_do_not_add_up():
+  once = b"B" + struct.pack("<I", 10**5) + bytes(10**5) + b"q\x00"
+  copies = b"(" + b"cbuiltins\nbytearray\nh\x00\x85R" * 100 + b"t\x86."
+  with pytest.raises(pickle_values.CheckpointError, match="again and again"):
+    _load(once + copies)
+
+
+def test_endless_values_are_never_printed():
+  """Doubled 60 times: printing it, as `order` of an array, would not end."""
+  endless = b")" + b"2\x86" * 60
+  array = (
+    b"cnumpy.core.numeric\n_frombuffer\n(C\x04abcdcnumpy\ndtype\n"
+    b"(X\x02\x00\x00\x00f4tR(K\x01t"
+  )
+  loaded = _load(array + endless + b"tR.")
+  assert isinstance(loaded, pickle_values.Opaque)
+  letter = b"X\x01\x00\x00\x00"
+  assert _load(array + letter + b"CtR.").shape == (1,)
+  assert isinstance(_load(array + letter + b"AtR."), pickle_values.Opaque)
+
+
+def test_long_keys_are_not_hashed():
+  assert _load(b"}(" + b"N" * 64 + b"tNs.") == {(None,) * 64: None}
+  (key,) = _load(b"}(" + b"N" * 65 + b"tNs.")
+  assert isinstance(key, pickle_values.Opaque)
+
+
+def test_an_error_of_recursion_is_a_damaged_pickle():
+  def builder(args):
+    return builder(args)
+
+  with pytest.raises(pickle_values.CheckpointError, match="RecursionError"):
+    unpickler.load(io.BytesIO(b"cx\ny\n)R."), builders={"x.y": builder})
 
 
 def test_the_file_is_left_behind_the_pickle():

@@ -101,6 +101,10 @@ def _matmul_precision(
   """Hands a precision to a function that has no argument for it."""
   if precision is None:
     return contextlib.nullcontext()
+  if isinstance(precision, jax.lax.DotAlgorithmPreset):
+    return jax.default_matmul_precision(precision.name)
+  if precision in jax.lax.DotAlgorithmPreset.__members__:
+    return jax.default_matmul_precision(precision)
   both = precision if isinstance(precision, tuple) else (precision,)
   # Of two, the finer one.
   finest = max((jax.lax.Precision(p) for p in both), key=lambda p: p.value)

@@ -16,7 +16,8 @@ Initializer = nn.initializers.Initializer
 
 def compute_dtype(dtype: Dtype | None, x: Array) -> jnp.dtype:
   """The dtype that a layer computes in: its own, else that of its input."""
-  return jnp.dtype(x.dtype if dtype is None else dtype)
+  # float64 only where JAX computes in it: without, NumPy's would warn.
+  return jax.dtypes.canonicalize_dtype(x.dtype if dtype is None else dtype)
 
 
 def uniform(bound: float) -> Initializer:
@@ -71,3 +72,19 @@ class DropPath(nn.Module):
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     mask = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
     return x * (mask / keep).astype(x.dtype)
+
+
+def wide(dtype: Dtype) -> jnp.dtype:
+  """The dtype for what must not be less than float32."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def layer_norm(name: str, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
+  """Over the channels; statistics are float32 at least whatever the dtype."""
+  return nn.LayerNorm(
+    epsilon=1e-5,
+    use_fast_variance=False,  # The fast one cancels where the mean is large.
+    dtype=dtype,
+    param_dtype=param_dtype,
+    name=name,
+  )

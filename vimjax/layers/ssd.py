@@ -70,7 +70,8 @@ def ssd(
   y = jax.checkpoint(run)(
     split(inputs), split(delta * A.astype(wide)), split(B), split(C)
   )
-  return y.reshape(x.shape[0], -1, *x.shape[2:])[:, :l]
+  # Sizes in full: -1 cannot be told in an empty batch.
+  return y.reshape(x.shape[0], chunks * size, *x.shape[2:])[:, :l]
 
 
 def _chunked(

@@ -28,6 +28,7 @@ def merge(
   """The inverse of `partition` for maps of `shape`, (h, w), without padding."""
   h, w = shape
   rows, columns = -(-h // size), -(-w // size)
-  d = windows.shape[-1]
-  x = windows.reshape(-1, rows, columns, size, size, d).swapaxes(2, 3)
-  return x.reshape(-1, rows * size, columns * size, d)[:, :h, :w]
+  # Sizes in full: -1 cannot be told in an empty batch.
+  b, d = windows.shape[0] // (rows * columns), windows.shape[-1]
+  x = windows.reshape(b, rows, columns, size, size, d).swapaxes(2, 3)
+  return x.reshape(b, rows * size, columns * size, d)[:, :h, :w]

@@ -111,6 +111,7 @@ class DeiT(nn.Module):
     super().__post_init__()
     sizes = ["num_classes", "patch_size", "depth", "embed_dim", "num_heads"]
     checks.positive_integers(self, sizes)
+    checks.positive(self, ["mlp_ratio"])
     if self.embed_dim % self.num_heads:
       raise ValueError(
         f"DeiT: embed_dim={self.embed_dim} does not divide into "
@@ -189,7 +190,7 @@ class DeiT(nn.Module):
     dtype = basic.compute_dtype(self.dtype, images)
     wide = jnp.promote_types(dtype, jnp.float32)
     h, w = self.grid((images.shape[1], images.shape[2]))
-    x = self._embed(images.astype(dtype), (h, w)).astype(wide)
+    x = self._embed(images.astype(dtype), wide)
     x = self._layers(x, dtype, train)
     norm = nn.LayerNorm(
       epsilon=1e-6,
@@ -199,7 +200,7 @@ class DeiT(nn.Module):
       name="norm",
     )
     if output == "features":
-      return norm(x[:, 1:]).reshape(-1, h, w, self.embed_dim).astype(dtype)
+      return norm(x[:, 1:]).reshape(x.shape[0], h, w, x.shape[2]).astype(dtype)
     x = norm(x[:, 0])  # Norm is per token: the others need none.
     if output == "pooled":
       return x
@@ -214,10 +215,10 @@ class DeiT(nn.Module):
     )(x)
 
   def _embed(
-    self, images: Float[Array, "b h w 3"], grid: tuple[int, int]
+    self, images: Float[Array, "b h w 3"], wide: jnp.dtype
   ) -> Float[Array, "b l d"]:
     """The class token and the patches, and where each of them is."""
-    d, p, dtype = self.embed_dim, self.patch_size, images.dtype
+    d, p = self.embed_dim, self.patch_size
     x = nn.Conv(
       d,
       (p, p),
@@ -226,15 +227,17 @@ class DeiT(nn.Module):
       kernel_init=basic.torch_linear(),
       bias_init=basic.uniform((3 * p * p) ** -0.5),  # PyTorch's.
       precision=self.precision,
-      dtype=dtype,
+      dtype=images.dtype,
       param_dtype=self.param_dtype,
       name="patch_embed",
-    )(images)
-    x = x.reshape(-1, grid[0] * grid[1], d)  # row by row
+    )(images).astype(wide)
+    b, h, w, _ = x.shape
+    x = x.reshape(b, h * w, d)  # row by row
     token = self.param(
       "class_token", nn.initializers.normal(1e-6), (d,), self.param_dtype
     )
-    token = jnp.broadcast_to(token.astype(dtype), (x.shape[0], 1, d))
+    # Not broadcast_to: this has the sharding of x on an explicit mesh.
+    token = jnp.zeros_like(x[:, :1]) + token.astype(wide)
     made_for = self.grid(self.image_size)
     position = self.param(
       "pos_embed",
@@ -242,8 +245,8 @@ class DeiT(nn.Module):
       (1 + made_for[0] * made_for[1], d),
       self.param_dtype,
     )
-    position = self.resize_pos_embed(position, made_for, grid)
-    return jnp.concatenate([token, x], axis=1) + position.astype(dtype)
+    position = self.resize_pos_embed(position.astype(wide), made_for, (h, w))
+    return jnp.concatenate([token, x], axis=1) + position
 
   def _layers(
     self, x: Float[Array, "b l d"], dtype: jnp.dtype, train: bool

@@ -26,236 +26,10 @@ from vimjax.layers import (
   basic,
   batch_norm,
   checks,
-  conv,
-  mlp,
-  ssm,
+  conv_block,
+  window_block,
   windows,
 )
-
-_Rates = tuple[float | None, ...]
-
-
-def _conv(features: int, *, strides: int = 1, **fields: Any) -> nn.Conv:
-  """A 3x3 convolution with PyTorch's padding: one pixel on every side."""
-  return nn.Conv(
-    features,
-    (3, 3),
-    strides=strides,
-    padding=1,
-    kernel_init=basic.torch_linear(),
-    **fields,
-  )
-
-
-class PatchEmbed(nn.Module):
-  """Twice a 3x3 convolution of stride 2, batch norm and ReLU.
-
-  Attributes:
-    in_dim: Channels after the first convolution.
-    dim: Channels after the second one.
-    precision: Of the convolutions, see `jax.lax.Precision`.
-    dtype: Computation dtype; None follows the input.
-    param_dtype: Dtype of the parameters.
-  """
-
-  in_dim: int
-  dim: int
-  precision: basic.Precision = None
-  dtype: basic.Dtype | None = None
-  param_dtype: basic.Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w 3"], *, train: bool = False
-  ) -> Float[Array, "b rows columns d"]:
-    """Embeds images; a side of s pixels gives ceil(s / 4) rows or columns."""
-    dtypes: dict[str, Any] = dict(
-      dtype=basic.compute_dtype(self.dtype, x), param_dtype=self.param_dtype
-    )
-    for i, features in enumerate((self.in_dim, self.dim), start=1):
-      x = _conv(
-        features,
-        strides=2,
-        use_bias=False,
-        precision=self.precision,
-        name=f"conv{i}",
-        **dtypes,
-      )(x)
-      norm = batch_norm.BatchNorm(epsilon=1e-4, name=f"norm{i}", **dtypes)
-      x = nn.relu(norm(x, train=train))
-    return x
-
-
-class ConvBlock(nn.Module):
-  """x + norm(conv(gelu(norm(conv(x))))) with batch norms and tanh GELU.
-
-  Attributes:
-    precision: Of the convolutions, see `jax.lax.Precision`.
-    dtype: Computation dtype; None follows the input.
-    param_dtype: Dtype of the parameters.
-  """
-
-  precision: basic.Precision = None
-  dtype: basic.Dtype | None = None
-  param_dtype: basic.Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, "b h w d"],
-    drop_rate: float | Array | None = None,
-    # Positional: `nn.remat` cannot tell a static keyword argument.
-    train: bool = False,
-  ) -> Float[Array, "b h w d"]:
-    """Runs the block; None as `drop_rate` means no drop path."""
-    d = x.shape[-1]
-    dtypes: dict[str, Any] = dict(
-      dtype=basic.compute_dtype(self.dtype, x), param_dtype=self.param_dtype
-    )
-    fields: dict[str, Any] = dict(
-      bias_init=basic.uniform(1 / math.sqrt(9 * d)),  # PyTorch's.
-      precision=self.precision,
-      **dtypes,
-    )
-    y = _conv(d, name="conv1", **fields)(x)
-    y = batch_norm.BatchNorm(name="norm1", **dtypes)(y, train=train)
-    y = nn.gelu(y, approximate=True)
-    y = _conv(d, name="conv2", **fields)(y)
-    y = batch_norm.BatchNorm(name="norm2", **dtypes)(y, train=train)
-    return x + basic.DropPath(name="drop_path")(y, drop_rate)
-
-
-class MambaVisionMixer(nn.Module):
-  """Mixes tokens by a scan over half of the channels (paper, figure 3).
-
-  The other half only passes a convolution: it is not a gate.
-
-  Attributes:
-    state_size: Length n of the state per channel.
-    conv_size: Taps of the depthwise convolutions, which are not causal.
-    dt_rank: Rank of the step-size projection; None means ceil(d / 16).
-    scan_implementation: See `pallas_kernels.selective_scan`.
-    precision: Of the matrix products, see `jax.lax.Precision`.
-    dtype: Computation dtype; None follows the input.
-    param_dtype: Dtype of the parameters.
-  """
-
-  state_size: int = 8
-  conv_size: int = 3
-  dt_rank: int | None = None
-  scan_implementation: pallas_kernels.Implementation | None = None
-  precision: basic.Precision = None
-  dtype: basic.Dtype | None = None
-  param_dtype: basic.Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-    """Mixes x along l; the result has the computation dtype."""
-    d = x.shape[-1]
-    dtypes: dict[str, Any] = dict(
-      dtype=basic.compute_dtype(self.dtype, x), param_dtype=self.param_dtype
-    )
-    normal = nn.initializers.normal(0.02)
-    dense: dict[str, Any] = dict(
-      use_bias=False, kernel_init=normal, precision=self.precision, **dtypes
-    )
-
-    def convolve(v: Array, name: str) -> Array:
-      return nn.silu(
-        conv.DepthwiseConv1d(
-          self.conv_size, centered=True, use_bias=False, name=name, **dtypes
-        )(v)
-      )
-
-    uz = nn.Dense(d, name="in_proj", **dense)(x)
-    u, z = jnp.split(uz, 2, axis=-1)  # (b, l, d / 2) each
-    y = ssm.SelectiveSSM(
-      state_size=self.state_size,
-      dt_rank=self.dt_rank or math.ceil(d / 16),
-      kernel_init=normal,
-      dt_bias_init=nn.initializers.zeros,
-      # The official code adds it in the projection and again in the scan.
-      dt_bias_scale=2.0,
-      scan_implementation=self.scan_implementation,
-      precision=self.precision,
-      name="ssm",
-      **dtypes,
-    )(convolve(u, "conv_u"))
-    y = jnp.concatenate([y, convolve(z, "conv_z")], axis=-1)
-    return nn.Dense(d, name="out_proj", **dense)(y)
-
-
-class Block(nn.Module):
-  """x + g mix(norm(x)), then x + g mlp(norm(x)), on the tokens of windows.
-
-  Attributes:
-    mixer: Makes the module that mixes tokens, given its name.
-    mlp_ratio: Hidden channels of the MLP per channel.
-    layer_scale: Initial value of the factors g per channel; None: without.
-    precision: Of the matrix products, see `jax.lax.Precision`.
-    dtype: Computation dtype; x itself keeps its own.
-    param_dtype: Dtype of the parameters.
-  """
-
-  mixer: Callable[..., nn.Module]
-  mlp_ratio: float = 4.0
-  layer_scale: float | None = None
-  precision: basic.Precision = None
-  dtype: basic.Dtype | None = None
-  param_dtype: basic.Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b l d"], drop_rate: float | Array | None = None
-  ) -> Float[Array, "b l d"]:
-    """Runs the block; None as `drop_rate` means no drop path."""
-    dtypes: dict[str, Any] = dict(
-      dtype=basic.compute_dtype(self.dtype, x), param_dtype=self.param_dtype
-    )
-    branches = (
-      self.mixer(name="mixer"),
-      mlp.Mlp(
-        int(self.mlp_ratio * x.shape[-1]),
-        precision=self.precision,
-        name="mlp",
-        **dtypes,
-      ),
-    )
-    for i, branch in enumerate(branches, start=1):
-      norm = nn.LayerNorm(
-        epsilon=1e-5, use_fast_variance=False, name=f"norm{i}", **dtypes
-      )
-      y = branch(norm(x)).astype(x.dtype)
-      if self.layer_scale is not None:
-        init = nn.initializers.constant(self.layer_scale)
-        gamma = self.param(f"gamma{i}", init, x.shape[-1:], self.param_dtype)
-        y = y * gamma.astype(x.dtype)
-      x = x + basic.DropPath(name=f"drop_path{i}")(y, drop_rate)
-    return x
-
-
-class ConvStage(nn.Module):
-  """A row of convolution blocks.
-
-  Attributes:
-    block: Fields of every `ConvBlock`.
-    remat: Recompute blocks in the backward pass instead of storing them.
-  """
-
-  block: dict[str, Any]
-  remat: bool = False
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w d"], drop_rates: _Rates, *, train: bool = False
-  ) -> Float[Array, "b h w d"]:
-    """Runs a block per drop-path rate."""
-    block = ConvBlock
-    if self.remat:
-      block = nn.remat(ConvBlock, static_argnums=(3,))
-    for i, rate in enumerate(drop_rates):
-      x = block(name=f"blocks_{i}", **self.block)(x, rate, train)
-    return x
 
 
 class WindowStage(nn.Module):
@@ -266,9 +40,9 @@ class WindowStage(nn.Module):
 
   Attributes:
     window_size: Side of a window.
-    scan: Makes a `MambaVisionMixer`, given its name.
+    scan: Makes a `window_block.MambaVisionMixer`, given its name.
     attend: Makes an `attention.Attention`, given its name.
-    block: Other fields of every `Block`.
+    block: Other fields of every `window_block.Block`.
     remat: Recompute blocks in the backward pass instead of storing them.
   """
 
@@ -280,10 +54,10 @@ class WindowStage(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b h w d"], drop_rates: _Rates
+    self, x: Float[Array, "b h w d"], drop_rates: conv_block.Rates
   ) -> Float[Array, "b h w d"]:
     """Runs a block per drop-path rate."""
-    block = nn.remat(Block) if self.remat else Block
+    block = nn.remat(window_block.Block) if self.remat else window_block.Block
     shape = (x.shape[1], x.shape[2])
     x = windows.partition(x, self.window_size)  # (windows, l, d)
     scans = math.ceil(len(drop_rates) / 2)
@@ -360,6 +134,7 @@ class MambaVision(nn.Module):
     checks.positive_integers(
       self, ["num_classes", "dim", "in_dim", "state_size", "conv_size"]
     )
+    checks.positive(self, ["mlp_ratio"])
     for name in ("depths", "num_heads", "window_size"):
       value = getattr(self, name)
       if len(value) != 4 or not all(
@@ -391,7 +166,7 @@ class MambaVision(nn.Module):
       Logits in float32 (float64 if the computation is).
 
     Raises:
-      ValueError: Wrong rank, channel count or dtype.
+      ValueError: Wrong rank, channel count or dtype, or no pixels.
     """
     return self._run(images, train, "logits")
 
@@ -420,6 +195,7 @@ class MambaVision(nn.Module):
     output: Literal["logits", "pooled", "features"],
   ) -> Any:
     checks.images(self, images)
+    checks.smallest_side(self, images, 1)
     dtype = basic.compute_dtype(self.dtype, images)
     wide = jnp.promote_types(dtype, jnp.float32)
     fields: dict[str, Any] = dict(
@@ -427,13 +203,13 @@ class MambaVision(nn.Module):
     )
     rates = self._drop_rates(train)
 
-    x = PatchEmbed(self.in_dim, self.dim, name="patch_embed", **fields)(
-      images.astype(dtype), train=train
-    )
+    x = conv_block.PatchEmbed(
+      self.in_dim, self.dim, name="patch_embed", **fields
+    )(images.astype(dtype), train=train)
     maps = []
     for i in range(4):
       if i > 0:
-        x = _conv(
+        x = conv_block.conv3x3(
           self.dim * 2**i,
           strides=2,
           use_bias=False,
@@ -441,7 +217,9 @@ class MambaVision(nn.Module):
           **fields,
         )(x.astype(dtype))
       if i < 2:
-        stage = ConvStage(block=fields, remat=self.remat, name=f"stages_{i}")
+        stage = conv_block.ConvStage(
+          block=fields, remat=self.remat, name=f"stages_{i}"
+        )
         x = stage(x, rates[i], train=train)
       else:
         x = self._window_stage(i, fields)(x.astype(wide), rates[i])
@@ -469,7 +247,7 @@ class MambaVision(nn.Module):
     return WindowStage(
       window_size=self.window_size[i],
       scan=functools.partial(
-        MambaVisionMixer,
+        window_block.MambaVisionMixer,
         state_size=self.state_size,
         conv_size=self.conv_size,
         scan_implementation=self.scan_implementation,
@@ -488,10 +266,10 @@ class MambaVision(nn.Module):
       name=f"stages_{i}",
     )
 
-  def _drop_rates(self, train: bool) -> list[_Rates]:
+  def _drop_rates(self, train: bool) -> list[conv_block.Rates]:
     """Per stage and block; None where nothing is dropped."""
     total = sum(self.depths)
-    rates: _Rates = (None,) * total
+    rates: conv_block.Rates = (None,) * total
     if train and self.drop_path_rate > 0:
       rates = tuple(np.linspace(0, self.drop_path_rate, total).tolist())
     iterator = iter(rates)

@@ -8,7 +8,6 @@ Axes: b batch, h and w rows and columns of a feature map, d channels, e inner
 channels (expand * d), n state size.
 """
 
-import math
 from typing import Any, Final, get_args, Literal
 
 from flax import linen as nn
@@ -18,285 +17,9 @@ import numpy as np
 
 import pallas_kernels
 from vimjax import variants
-from vimjax.layers import basic, checks, conv, cross_scan, mlp, ssd, stack
+from vimjax.layers import basic, checks, pyramid, ss2d
 
-Mixer = Literal["selective_scan", "ssd"]
-Activation = Literal["silu", "gelu"]
-Stem = Literal["overlapping", "patches"]
-Downsample = Literal["conv", "patch_merging"]
-
-_ACTIVATIONS: Final = {
-  "silu": nn.silu,
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-}
-
-
-class SS2D(nn.Module):
-  """2-D selective scan: projection, depthwise convolution, scan, projection.
-
-  Paper, figure 3.
-
-  Attributes:
-    mixer: What scans: "selective_scan" (Mamba) or "ssd" (Mamba-2).
-    state_size: Length n of the state per channel.
-    expand: Inner channels per channel.
-    dt_rank: Rank of the step-size projection, or heads of "ssd"; None means
-      ceil(d / 16).
-    gate: Multiply the result by the activation of a second projection.
-    conv_size: Side of the depthwise convolution's filters, odd.
-    conv_bias: Whether that convolution has a bias.
-    activation: After the convolution, and of the gate.
-    scan_implementation: See `pallas_kernels.cross_selective_scan`.
-    precision: Of the matrix products, see `jax.lax.Precision`.
-    dtype: Computation dtype; None follows the input.
-    param_dtype: Dtype of the parameters.
-  """
-
-  mixer: Mixer = "selective_scan"
-  state_size: int = 1
-  expand: float = 1.0
-  dt_rank: int | None = None
-  gate: bool = False
-  conv_size: int = 3
-  conv_bias: bool = False
-  activation: Activation = "silu"
-  scan_implementation: pallas_kernels.Implementation | None = None
-  precision: basic.Precision = None
-  dtype: basic.Dtype | None = None
-  param_dtype: basic.Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    """Mixes an image; the result has the computation dtype."""
-    d = x.shape[-1]
-    e = int(self.expand * d)
-    dtype = basic.compute_dtype(self.dtype, x)
-    dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=self.param_dtype)
-    dense: dict[str, Any] = dict(
-      use_bias=False,
-      kernel_init=nn.initializers.normal(0.02),
-      precision=self.precision,
-      **dtypes,
-    )
-    activate = _ACTIVATIONS[self.activation]
-
-    u = nn.Dense(2 * e if self.gate else e, name="in_proj", **dense)(x)
-    z = None
-    if self.gate:
-      u, z = jnp.split(u, 2, axis=-1)  # (b, h, w, e) each
-    u = conv.DepthwiseConv2d(
-      self.conv_size, self.conv_bias, name="conv", **dtypes
-    )(u)
-    y = self._scan(activate(u), self.dt_rank or math.ceil(d / 16), dtypes)
-    y = _norm("out_norm", **dtypes)(y)
-    if z is not None:
-      y = y * activate(z)
-    return nn.Dense(d, name="out_proj", **dense)(y)
-
-  def _scan(
-    self, u: Float[Array, "b h w e"], rank: int, dtypes: dict[str, Any]
-  ) -> Float[Array, "b h w e"]:
-    fields: dict[str, Any] = dict(
-      state_size=self.state_size,
-      dt_rank=rank,
-      precision=self.precision,
-      name="ssm",
-      **dtypes,
-    )
-    if self.mixer == "ssd":
-      return ssd.CrossSSD(**fields)(u)
-    return cross_scan.CrossSelectiveSSM(
-      scan_implementation=self.scan_implementation, **fields
-    )(u)
-
-
-class Block(nn.Module):
-  """x + drop_path(SS2D(norm(x))), then the same with an MLP; x in float32.
-
-  Attributes:
-    mixer: Fields of the `SS2D`.
-    mlp_ratio: Hidden channels of the MLP per channel; 0 leaves it out.
-    precision: Of the matrix products, see `jax.lax.Precision`.
-    dtype: Computation dtype of both branches.
-    param_dtype: Dtype of the parameters.
-  """
-
-  mixer: dict[str, Any]
-  mlp_ratio: float
-  precision: basic.Precision
-  dtype: basic.Dtype
-  param_dtype: basic.Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w d"], drop_rate: float | Array | None = None
-  ) -> Float[Array, "b h w d"]:
-    """Runs the block; None as `drop_rate` means no drop path."""
-    shared: dict[str, Any] = dict(
-      precision=self.precision, dtype=self.dtype, param_dtype=self.param_dtype
-    )
-    dtypes: dict[str, Any] = dict(
-      dtype=self.dtype, param_dtype=self.param_dtype
-    )
-    y = _norm("norm", **dtypes)(x)
-    y = SS2D(**self.mixer, name="mixer", **shared)(y)
-    y = basic.DropPath(name="drop_path")(y, drop_rate)
-    x = x + y.astype(x.dtype)
-    if self.mlp_ratio == 0:
-      return x
-    y = _norm("mlp_norm", **dtypes)(x)
-    hidden = int(self.mlp_ratio * x.shape[-1])
-    y = mlp.Mlp(hidden, name="mlp", **shared)(y)
-    y = basic.DropPath(name="mlp_drop_path")(y, drop_rate)
-    return x + y.astype(x.dtype)
-
-
-class BlockStack(nn.Module):
-  """The blocks of one stage, at one resolution.
-
-  Attributes:
-    depth: How many.
-    block: Fields of each `Block`.
-    drop_rates: Drop-path rate of each, or None for no drop path.
-    scan_layers: Run them as one `nn.scan` over stacked parameters.
-    remat: Recompute each block in the backward pass.
-  """
-
-  depth: int
-  block: dict[str, Any]
-  drop_rates: tuple[float, ...] | None
-  scan_layers: bool
-  remat: bool
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    """Runs the blocks in turn."""
-    rates = None if self.drop_rates is None else np.asarray(self.drop_rates)
-    return stack.run_layers(
-      Block,
-      self.block,
-      x,
-      rates,
-      depth=self.depth,
-      scan=self.scan_layers,
-      remat=self.remat,
-    )
-
-
-class OverlappingStem(nn.Module):
-  """Two 3x3 convolutions of stride 2, each with its norm: 4 pixels a cell.
-
-  Odd sides are rounded up.
-
-  Attributes:
-    features: Channels of the result; half as many in between.
-    precision: Of the convolutions, see `jax.lax.Precision`.
-    dtype: Computation dtype of the convolutions.
-    param_dtype: Dtype of the parameters.
-  """
-
-  features: int
-  precision: basic.Precision
-  dtype: basic.Dtype
-  param_dtype: basic.Dtype
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-    """Embeds images; the result is float32 at least."""
-    shared = (self.precision, self.dtype, self.param_dtype)
-    x = _conv(self.features // 2, 3, 2, x.shape[-1], "conv1", *shared)(x)
-    x = _norm("norm1", self.dtype, self.param_dtype)(x)
-    x = nn.gelu(x, approximate=False)
-    x = _conv(self.features, 3, 2, x.shape[-1], "conv2", *shared)(x)
-    return _norm("norm2", _wide(x.dtype), self.param_dtype)(x)
-
-
-class PatchStem(nn.Module):
-  """A linear map of 4x4 patches, and a norm.
-
-  Pixels beyond the last whole patch are dropped.
-
-  Attributes:
-    features: Channels of the result.
-    precision: Of the convolution, see `jax.lax.Precision`.
-    dtype: Computation dtype of the convolution.
-    param_dtype: Dtype of the parameters.
-  """
-
-  features: int
-  precision: basic.Precision
-  dtype: basic.Dtype
-  param_dtype: basic.Dtype
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-    """Embeds images; the result is float32 at least."""
-    shared = (self.precision, self.dtype, self.param_dtype)
-    x = _conv(self.features, 4, 4, x.shape[-1], "conv1", *shared)(x)
-    return _norm("norm1", _wide(x.dtype), self.param_dtype)(x)
-
-
-class ConvDownsample(nn.Module):
-  """A 3x3 convolution of stride 2 to twice the channels, and a norm.
-
-  Odd sides are rounded up.
-
-  Attributes:
-    precision: Of the convolution, see `jax.lax.Precision`.
-    dtype: Computation dtype of the convolution.
-    param_dtype: Dtype of the parameters.
-  """
-
-  precision: basic.Precision
-  dtype: basic.Dtype
-  param_dtype: basic.Dtype
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b i j f"]:
-    """Halves both sides; the result is float32 at least."""
-    d = x.shape[-1]
-    shared = (self.precision, self.dtype, self.param_dtype)
-    y = _conv(2 * d, 3, 2, d, "conv", *shared)(x)
-    return _norm("norm", _wide(y.dtype), self.param_dtype)(y)
-
-
-class PatchMerging(nn.Module):
-  """Norm and linear map of 2x2 neighbours side by side, as in Swin.
-
-  Odd sides are rounded up: a row or column of zeros is added before the norm.
-
-  Attributes:
-    precision: Of the matrix product, see `jax.lax.Precision`.
-    dtype: Computation dtype of the matrix product.
-    param_dtype: Dtype of the parameters.
-  """
-
-  precision: basic.Precision
-  dtype: basic.Dtype
-  param_dtype: basic.Dtype
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b i j f"]:
-    """Halves both sides; the result is float32 at least."""
-    _, h, w, d = x.shape
-    x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
-    corners = ((0, 0), (1, 0), (0, 1), (1, 1))
-    y = jnp.concatenate([x[:, i::2, j::2] for i, j in corners], axis=-1)
-    y = _norm("norm", self.dtype, self.param_dtype)(y)
-    y = nn.Dense(
-      2 * d,
-      use_bias=False,
-      kernel_init=nn.initializers.normal(0.02),
-      precision=self.precision,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name="reduction",
-    )(y)
-    return y.astype(_wide(y.dtype))
-
-
-_STEMS: Final = {"overlapping": OverlappingStem, "patches": PatchStem}
-_DOWNSAMPLES: Final = {"conv": ConvDownsample, "patch_merging": PatchMerging}
+_SIZES: Final = ("num_classes", "embed_dim", "state_size", "conv_size")
 
 
 class VMamba(nn.Module):
@@ -345,17 +68,17 @@ class VMamba(nn.Module):
   num_classes: int = 1000
   depths: tuple[int, ...] = (2, 2, 8, 2)
   embed_dim: int = 96
-  mixer: Mixer = "selective_scan"
+  mixer: ss2d.Mixer = "selective_scan"
   state_size: int = 1
   expand: float = 1.0
   dt_rank: int | None = None
   gate: bool = False
   conv_size: int = 3
   conv_bias: bool = False
-  activation: Activation = "silu"
+  activation: ss2d.Activation = "silu"
   mlp_ratio: float = 4.0
-  stem: Stem = "overlapping"
-  downsample: Downsample = "conv"
+  stem: pyramid.Stem = "overlapping"
+  downsample: pyramid.Downsample = "conv"
   drop_path_rate: float = 0.0
   scan_layers: bool = False
   remat: bool = False
@@ -366,10 +89,16 @@ class VMamba(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.one_of(self, "mixer", get_args(Mixer))
-    checks.one_of(self, "activation", get_args(Activation))
-    checks.one_of(self, "stem", get_args(Stem))
-    checks.one_of(self, "downsample", get_args(Downsample))
+    checks.positive_integers(self, _SIZES)
+    if self.dt_rank is not None:
+      checks.positive_integers(self, ["dt_rank"])
+    checks.depths(self, self.depths)
+    checks.positive(self, ["expand"])
+    checks.not_negative(self, ["mlp_ratio"])
+    checks.one_of(self, "mixer", get_args(ss2d.Mixer))
+    checks.one_of(self, "activation", get_args(ss2d.Activation))
+    checks.one_of(self, "stem", get_args(pyramid.Stem))
+    checks.one_of(self, "downsample", get_args(pyramid.Downsample))
     checks.probability(self, "drop_path_rate")
     if self.conv_size % 2 == 0:
       raise ValueError(f"VMamba: conv_size must be odd, got {self.conv_size}.")
@@ -417,18 +146,18 @@ class VMamba(nn.Module):
     output: Literal["logits", "pooled", "features"],
   ) -> Any:
     checks.images(self, images)
-    _check_size(images, self.stem)
+    checks.smallest_side(self, images, 4 if self.stem == "patches" else 1)
     dtype = basic.compute_dtype(self.dtype, images)
-    wide = _wide(dtype)
+    wide = basic.wide(dtype)
     shared: dict[str, Any] = dict(
       precision=self.precision, dtype=dtype, param_dtype=self.param_dtype
     )
-    x = _STEMS[self.stem](self.embed_dim, name="stem", **shared)(
+    x = pyramid.STEMS[self.stem](self.embed_dim, name="stem", **shared)(
       images.astype(dtype)
     )
     maps = []
     for i, rates in enumerate(self._drop_rates(train)):
-      x = BlockStack(
+      x = ss2d.BlockStack(
         depth=self.depths[i],
         block=dict(mixer=self._mixer(), mlp_ratio=self.mlp_ratio, **shared),
         drop_rates=rates,
@@ -438,11 +167,11 @@ class VMamba(nn.Module):
       )(x)
       maps.append(x.astype(dtype))
       if i < len(self.depths) - 1:
-        downsample = _DOWNSAMPLES[self.downsample]
+        downsample = pyramid.DOWNSAMPLES[self.downsample]
         x = downsample(name=f"downsample_{i}", **shared)(x)
     if output == "features":
       return tuple(maps)
-    x = _norm("norm", wide, self.param_dtype)(x).mean(axis=(1, 2))
+    x = basic.layer_norm("norm", wide, self.param_dtype)(x).mean(axis=(1, 2))
     if output == "pooled":
       return x
     # One vector per image: float32 costs nothing here.
@@ -476,59 +205,6 @@ class VMamba(nn.Module):
     rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
     ends = np.cumsum(self.depths)[:-1]
     return [tuple(map(float, part)) for part in np.split(rates, ends)]
-
-
-def _wide(dtype: basic.Dtype) -> jnp.dtype:
-  return jnp.promote_types(dtype, jnp.float32)
-
-
-def _norm(
-  name: str, dtype: basic.Dtype, param_dtype: basic.Dtype
-) -> nn.LayerNorm:
-  """Over the channels; statistics are float32 at least whatever the dtype."""
-  return nn.LayerNorm(
-    epsilon=1e-5,
-    use_fast_variance=False,  # The fast one cancels where the mean is large.
-    dtype=dtype,
-    param_dtype=param_dtype,
-    name=name,
-  )
-
-
-def _conv(
-  features: int,
-  size: int,
-  stride: int,
-  inputs: int,
-  name: str,
-  precision: basic.Precision,
-  dtype: basic.Dtype,
-  param_dtype: basic.Dtype,
-) -> nn.Conv:
-  """A square convolution with PyTorch's padding and initialisation."""
-  padding = (size - 1) // 2 if size % 2 else 0
-  return nn.Conv(
-    features,
-    (size, size),
-    strides=stride,
-    padding=padding,
-    kernel_init=basic.torch_linear(),
-    bias_init=basic.uniform(1 / (size * math.sqrt(inputs))),
-    precision=precision,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    name=name,
-  )
-
-
-def _check_size(images: Array, stem: Stem) -> None:
-  h, w = images.shape[1:3]
-  smallest = 4 if stem == "patches" else 1
-  if min(h, w) < smallest:
-    raise ValueError(
-      f"VMamba: an image of {h}x{w} pixels is smaller than {smallest}x"
-      f"{smallest}; enlarge it."
-    )
 
 
 def _weights(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import contextlib
 import os
 import pathlib
+import re
 import tempfile
 from typing import Any, Final, get_args, Literal
 
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from vimjax import optional
+from vimjax.layers import checks
 from vimjax.weights import pickle_values, torch_files
 
 CheckpointError = pickle_values.CheckpointError
@@ -26,6 +28,8 @@ _PLACES: Final[dict[str, tuple[str, ...]]] = {
   "model": ("model", "state_dict"),
   "ema": ("model_ema", "state_dict_ema"),
 }
+# Metadata: what a positional embedding is for, as "224x448", height first.
+_SIZE: Final = "image_size"
 _COLLECTIONS: Final = ("params/", "batch_stats/")
 _ARRAYS: Final = (
   torch_files.Tensor,
@@ -59,9 +63,53 @@ def read_state_dict(
   path = pathlib.Path(path)
   try:
     chosen = _select(_read(path), weights)
-    return {key: np.asarray(value) for key, value in chosen.items()}
+    return {key: _array(key, value) for key, value in chosen.items()}
   except CheckpointError as error:
     raise CheckpointError(f"{path}: {error}") from error
+
+
+def _array(key: str, value: Any) -> np.ndarray:
+  try:
+    return np.asarray(value)
+  except (ValueError, MemoryError) as error:  # CheckpointError is one.
+    raise CheckpointError(f"{_label(key)}: {error}") from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+  """What a safetensors file says about itself; nothing for other files.
+
+  Raises:
+    CheckpointError: The file is damaged.
+    OSError: The file cannot be read.
+  """
+  path = pathlib.Path(path)
+  with path.open("rb") as file:
+    if file.read(9)[8:] != b"{":
+      return {}
+  safetensors = optional.require("safetensors", extra="weights")
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      return file.metadata() or {}
+  except safetensors.SafetensorError as error:
+    raise CheckpointError(
+      f"{path}: The safetensors file is damaged: {error}"
+    ) from None
+
+
+def recorded_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+  """The image size that `save_variables` wrote, (h, w), if there is one."""
+  sides = re.fullmatch(r"(\d{1,6})x(\d{1,6})", metadata.get(_SIZE, ""))
+  return (int(sides[1]), int(sides[2])) if sides else None
+
+
+def size_metadata(image_size: int | tuple[int, int]) -> dict[str, str]:
+  """What `recorded_size` reads.
+
+  Raises:
+    ValueError: It is no size.
+  """
+  h, w = checks.image_size("save_variables", image_size)
+  return {_SIZE: f"{h}x{w}"}
 
 
 def _read(path: pathlib.Path) -> Any:
@@ -77,9 +125,21 @@ def _read(path: pathlib.Path) -> Any:
   safetensors = optional.require("safetensors", extra="weights")
   try:
     with safetensors.safe_open(path, framework="np") as file:
-      return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+      return {key: _tensor(file, key) for key in file.keys()}  # noqa: SIM118
   except safetensors.SafetensorError as error:
     raise CheckpointError(f"The safetensors file is damaged: {error}") from None
+
+
+def _tensor(file: Any, key: str) -> np.ndarray:
+  try:
+    return file.get_tensor(key)
+  except (AttributeError, KeyError, TypeError) as error:
+    # As its NumPy side fails for float8 and smaller types.
+    dtype = file.get_slice(key).get_dtype()
+    raise CheckpointError(
+      f"{_label(key)} has dtype {dtype}, which cannot be read here; convert it "
+      "to float32 or bfloat16."
+    ) from error
 
 
 def _select(tree: Any, weights: Weights) -> dict[str, Any]:
@@ -94,6 +154,12 @@ def _select(tree: Any, weights: Weights) -> dict[str, Any]:
   for place in _PLACES[weights]:
     if isinstance(tree.get(place), Mapping):
       return _only_arrays(tree[place])
+  for place in _PLACES[weights]:
+    if isinstance(tree.get(place), pickle_values.Opaque | pickle_values.Name):
+      raise CheckpointError(
+        f"Its {place!r} is a pickled object, {_describe(tree[place])}, whose "
+        "class is needed to read it; save its state_dict() instead."
+      )
   bare = any(isinstance(value, _ARRAYS) for value in tree.values())
   if bare and weights == "model":
     return _only_arrays(tree)
@@ -150,6 +216,7 @@ def save_variables(
   path: str | os.PathLike[str],
   variables: Mapping[str, Any],
   *,
+  image_size: int | tuple[int, int] | None = None,
   metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes variables to a safetensors file that `load_pretrained` reads.
@@ -158,19 +225,27 @@ def save_variables(
 
   Args:
     path: Where to.
-    variables: As from `model.init`: {"params": ...} and other collections.
+    variables: {"params": ...} and, with batch norms, {"batch_stats": ...}.
+    image_size: That of the model, kept in the file's header: with it a
+      positional embedding that is not square loads into models for other image
+      sizes, too.
     metadata: Kept in the file's header, such as {"model": "vim_tiny"}.
 
   Raises:
-    ValueError: `variables` has no "params".
+    ValueError: `variables` has no "params", or has collections that
+      `load_pretrained` would not read; or `image_size` is no size.
     OSError: The file cannot be written.
   """
-  if "params" not in variables:
+  if not {"params"} <= set(variables) <= {"params", "batch_stats"}:
     raise ValueError(
-      f'save_variables: expected {{"params": ...}}, got {list(variables)}.'
+      'save_variables: expected {"params": ...} and perhaps "batch_stats", got '
+      f"{list(variables)}."
     )
+  metadata = dict(metadata or {})
+  if image_size is not None:
+    metadata |= size_metadata(image_size)
   flat = traverse_util.flatten_dict(dict(variables), sep="/")
-  write_safetensors(pathlib.Path(path), jax.device_get(flat), metadata or {})
+  write_safetensors(pathlib.Path(path), jax.device_get(flat), metadata)
 
 
 def write_safetensors(

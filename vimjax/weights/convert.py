@@ -13,12 +13,20 @@ from jaxtyping import Array
 import numpy as np
 
 from vimjax import registry
-from vimjax.layers import stack
+from vimjax.layers import checks, stack
 from vimjax.models import deit as deit_model
 from vimjax.models import mambavision as mambavision_model
 from vimjax.models import vim as vim_model
 from vimjax.models import vmamba as vmamba_model
-from vimjax.weights import deit, mambavision, rules, vim, vmamba
+from vimjax.weights import (
+  deit,
+  mambavision,
+  pos_embed,
+  published,
+  rules,
+  vim,
+  vmamba,
+)
 
 _LOG = logging.getLogger(__name__)
 _StateDict = dict[str, np.ndarray]
@@ -31,8 +39,7 @@ class Family:
   Attributes:
     rules: Official keys to our paths, for a model.
     ignored: Patterns of official keys without a place here, and why.
-    adapt: Fits arrays to a model: other layouts, other image sizes. Its third
-      argument is the image size that the arrays are probably of.
+    adapt: Fits arrays to a model: other layouts, other image sizes.
     restore: Adds to an exported state dict what was ignored.
     smallest_side: Side of a small image that a model takes.
     head: Official key of the classifier's weight, (classes, features), and all
@@ -41,8 +48,8 @@ class Family:
 
   rules: Callable[[Any], Sequence[rules.Rule]]
   ignored: Mapping[str, str]
-  adapt: Callable[[Any, _StateDict, Any], _StateDict] = lambda _, arrays, __: (
-    arrays
+  adapt: Callable[[Any, _StateDict, pos_embed.Origin], _StateDict] = (
+    lambda _, arrays, __: arrays
   )
   restore: Callable[[_StateDict], _StateDict] = lambda arrays: arrays
   smallest_side: Callable[[Any], int] = lambda _: 32
@@ -91,7 +98,9 @@ def convert_state_dict(
 
   Every official key must be used once and every parameter filled once. A
   classifier of another size than the model's is replaced by a new one, and a
-  positional embedding of another grid is resized, each with a log line.
+  positional embedding of another grid is resized, each with a log line. A state
+  dict does not say of which grid it is: a square one is assumed if the number
+  of patches allows, otherwise that of the model's own `image_size`.
 
   Args:
     model_or_name: A model, or a name for `create_model`. The variables have its
@@ -100,7 +109,7 @@ def convert_state_dict(
       takes, such as CPU tensors). "module.", "encoder." or "model." before
       every key is dropped.
     image_size: The variables fit the model with this `image_size` instead.
-      Models without a positional embedding have the same for all sizes.
+      Without a positional embedding they are the same for all sizes.
     rng: Key for a new classifier, as from `jax.random.key`.
 
   Returns:
@@ -109,19 +118,43 @@ def convert_state_dict(
 
   Raises:
     ValueError: Keys are missing, unexpected or of the wrong shape or dtype (one
-      message has all of them), or a new classifier is needed and `rng` is None.
-    TypeError: The model is of no family with official weights, or `state_dict`
-      is not a flat mapping of arrays.
+      message has all of them), a new classifier is needed and `rng` is None, or
+      the state dict is of another published model, which differs in the grid.
+    TypeError: The model is of no family with official weights, `state_dict` is
+      not a flat mapping of names to arrays, or `rng` is no key.
+  """
+  return convert(model_or_name, state_dict, image_size=image_size, rng=rng)
+
+
+def convert(
+  model_or_name: nn.Module | str,
+  state_dict: Mapping[str, Any],
+  *,
+  image_size: pos_embed.Size | None = None,
+  rng: Array | None = None,
+  made_for: Sequence[pos_embed.Size | None] = (None,),
+) -> dict[str, Any]:
+  """As `convert_state_dict`, where more may be known about the state dict.
+
+  Args:
+    model_or_name: See `convert_state_dict`.
+    state_dict: The same.
+    image_size: The same.
+    rng: The same.
+    made_for: Image sizes that it may be of, see `pos_embed.Origin`. The model's
+      own, then any square, follow.
   """
   model, family = resolve(model_or_name, "convert_state_dict")
-  has = registry.field_names(type(model))
-  scanned = "scan_layers" in has and model.scan_layers
-  made_for = model.image_size if "image_size" in has else None
-  if image_size is not None and made_for is not None:
-    model = model.clone(image_size=image_size)
-  arrays, problems = _arrays(state_dict), []
+  _check_key(rng)
+  arrays = _arrays(state_dict)
+  scanned = getattr(model, "scan_layers", False)
+  origin = pos_embed.Origin(
+    (*made_for, getattr(model, "image_size", None), None),
+    asked=image_size is not None,
+  )
+  model, problems = resized(model, image_size), []
   try:
-    arrays = family.adapt(model, arrays, made_for)
+    arrays = _fitted(model, family, arrays, origin)
   except ValueError as error:
     problems.append(str(error))
   wanted, new_head = shapes(model, family), []
@@ -143,8 +176,8 @@ def convert_state_dict(
     )
   flat = jax.tree.map(jnp.asarray, params)
   if change:
-    _LOG.warning("New head: %s.", change)
     flat |= _initialise(model, family, new_head, rng)
+    _LOG.warning("New head: %s.", change)
   variables = _unflat(flat)
   return stack.stack_layers(variables) if scanned else variables
 
@@ -167,6 +200,20 @@ def resolve(model_or_name: Any, caller: str) -> tuple[Any, Family]:
   return model.clone(parent=None), FAMILIES[type(model)]
 
 
+def resized(model: Any, image_size: pos_embed.Size | None) -> Any:
+  """The model for images of another size; itself where any size is alike.
+
+  Raises:
+    ValueError: That is no size.
+  """
+  if image_size is None:
+    return model
+  checks.image_size(type(model).__name__, image_size)
+  if "image_size" not in registry.field_names(type(model)):
+    return model
+  return model.clone(image_size=image_size)
+
+
 def shapes(model: Any, family: Family) -> dict[str, jax.ShapeDtypeStruct]:
   """Our paths and what belongs there, with layers that are not stacked."""
   if getattr(model, "scan_layers", False):
@@ -183,6 +230,12 @@ def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
       "convert_state_dict: state_dict must map official names to arrays, got "
       f"{type(state_dict)}."
     )
+  unnamed = [k for k in state_dict if not isinstance(k, str)]
+  if unnamed:
+    raise TypeError(
+      "convert_state_dict: state_dict must map official names to arrays, got "
+      f"the key {unnamed[0]!r}."
+    )
   nested = [k for k, v in state_dict.items() if isinstance(v, Mapping)]
   if nested:
     raise TypeError(
@@ -196,6 +249,19 @@ def _arrays(state_dict: Mapping[str, Any]) -> _StateDict:
       break
     arrays = {k.removeprefix(common[0]): v for k, v in arrays.items()}
   return arrays
+
+
+def _check_key(rng: Any) -> None:
+  if rng is None:
+    return
+  dtype = getattr(rng, "dtype", None)
+  typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  raw = dtype == jnp.uint32 and rng.shape == (2,)
+  if not raw and not (typed and rng.shape == ()):
+    raise TypeError(
+      "convert_state_dict: rng must be one key, as from jax.random.key(0), got "
+      f"{rng!r}."
+    )
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,6 +279,23 @@ def _unflat(flat: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(
     dict(zip(paths, flat.values(), strict=True)), sep="/"
   )
+
+
+def _fitted(
+  model: Any, family: Family, arrays: _StateDict, origin: pos_embed.Origin
+) -> _StateDict:
+  """Brings arrays to the model's layout and grid.
+
+  Raises:
+    ValueError: They cannot be, or seem to be of another model.
+  """
+  other = None if origin.asked else published.sibling(model, arrays)
+  if other is not None:
+    raise ValueError(
+      f"pos_embed has the grid of {other!r}: choose that model, or pass "
+      f"image_size={model.image_size} to resize it on purpose."
+    )
+  return family.adapt(model, arrays, origin)
 
 
 def _head_change(model: Any, family: Family, arrays: _StateDict) -> str | None:

@@ -40,13 +40,7 @@ IGNORED: Final[dict[str, str]] = {}
 def adapt(
   model: deit.DeiT,
   state_dict: dict[str, np.ndarray],
-  image_size: int | tuple[int, int],
+  origin: pos_embed.Origin,
 ) -> dict[str, np.ndarray]:
   """Resizes the positional embedding if the model's grid is another."""
-  return pos_embed.fit(
-    state_dict,
-    model.grid(image_size),
-    model.grid(model.image_size),
-    class_token=True,
-    resize=model.resize_pos_embed,
-  )
+  return pos_embed.fit(model, state_dict, origin, class_token=True)

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import sys
-from typing import Final
+from typing import Any, Final
 import urllib.error
 import urllib.request
 
@@ -24,7 +24,10 @@ class DownloadError(OSError):
 
 
 def fetch(
-  pretrained: variants.Pretrained, *, accept_license: bool = False
+  pretrained: variants.Pretrained,
+  *,
+  accept_license: bool = False,
+  consent: str = "accept_license=True",
 ) -> pathlib.Path:
   """The local file of an official checkpoint, downloaded on first use.
 
@@ -32,19 +35,24 @@ def fetch(
   into `VIMJAX_CACHE`, by default vimjax in the user's cache folder. Prints the
   licence to standard error.
 
+  The SHA-256 is compared where it is known: from our table, the file's name, or
+  the Hub's record of a large file, which needs a network. Otherwise (VMamba's
+  releases) only the number of bytes is.
+
   Args:
     pretrained: From `vimjax.get_variant(name).pretrained`.
     accept_license: Needed for weights that may not be used commercially.
+    consent: How the user says so, for the message.
 
   Raises:
-    ValueError: The licence needs `accept_license=True`.
+    ValueError: The licence must be accepted.
     DownloadError: There is no network, no such file, or its checksum is wrong.
   """
   notice = license_notice(pretrained)
   if not pretrained.commercial_use and not accept_license:
     raise ValueError(
       f"{notice} Read the licence at {web_page(pretrained)} and pass "
-      "accept_license=True if you accept it."
+      f"{consent} if you accept it."
     )
   print(notice, file=sys.stderr)
   if _is_url(pretrained):
@@ -71,20 +79,43 @@ def _is_url(pretrained: variants.Pretrained) -> bool:
 
 
 def _from_hub(pretrained: variants.Pretrained) -> pathlib.Path:
+  """The first of the files that is there."""
   hub = optional.require("huggingface_hub", extra="weights")
-  repository, file = pretrained.source, pretrained.files[0]
+  errors = optional.require("huggingface_hub.errors", extra="weights")
+  missing = None
+  for file in pretrained.files:
+    try:
+      path = pathlib.Path(hub.hf_hub_download(pretrained.source, file))
+    except errors.RemoteEntryNotFoundError as error:
+      missing = missing or _failed(pretrained, file, error)
+      continue
+    except Exception as error:
+      # The library's, its HTTP client's and the system's errors, all alike.
+      raise _failed(pretrained, file, error) from error
+    known = pretrained.sha256 if file == pretrained.files[0] else None
+    expected = known or _recorded_sha256(hub, pretrained.source, file)
+    if expected:
+      _compare(_sha256(path), expected, path)
+    return path
+  assert missing is not None
+  raise missing
+
+
+def _recorded_sha256(hub: Any, repository: str, file: str) -> str | None:
+  """What the Hub itself says of a file, if it is large and there is a network.
+
+  The tag of a small file is not the SHA-256 of its content.
+  """
   try:
-    path = pathlib.Path(hub.hf_hub_download(repository, file))
-  except Exception as error:
-    # The library's, its HTTP client's and the system's errors, all alike here.
-    raise _failed(pretrained, file, error) from error
-  digest = hashlib.sha256()
-  if pretrained.sha256:
-    with path.open("rb") as stream:
-      while chunk := stream.read(_CHUNK):
-        digest.update(chunk)
-    _compare(digest.hexdigest(), pretrained.sha256, path)
-  return path
+    tag = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file)).etag
+  except Exception:  # As above. The file is in the cache.
+    return None
+  return tag if tag and re.fullmatch("[0-9a-f]{64}", tag) else None
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _from_release(pretrained: variants.Pretrained) -> pathlib.Path:

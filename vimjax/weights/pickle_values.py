@@ -6,7 +6,7 @@ file, when a pickle asks for them; see `unpickler`.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class Opaque:
 Builder = Callable[[tuple[Any, ...]], Any]
 
 _ATOMS: Final = (str, bytes, int, float, type(None), np.generic, Name, Opaque)
+_LONGEST_KEY: Final = 64
 
 
 def pairs(values: list[Any]) -> list[tuple[Any, Any]]:
@@ -64,8 +65,11 @@ def pairs(values: list[Any]) -> list[tuple[Any, Any]]:
 def hashable(value: Any) -> Any:
   """A value that can be hashed."""
   # Tuples of tuples are out: hashing a deep one overflows Python's own stack.
+  # Long ones are, too: they would be hashed at every mention.
   flat = value if type(value) is tuple else (value,)
-  if not all(isinstance(part, _ATOMS) for part in flat):
+  if len(flat) > _LONGEST_KEY or not all(
+    isinstance(part, _ATOMS) for part in flat
+  ):
     return Opaque("key", value)
   return value
 
@@ -113,13 +117,13 @@ class NumpyArray:
 
 
 def _frombuffer(
-  raw: Any, dtype: DType, shape: Any, order: str
+  raw: Any, dtype: DType, shape: Any, order: Literal["C", "F"]
 ) -> np.ndarray | None:
   sizes = all(type(size) is int and size >= 0 for size in shape)
   values = np.frombuffer(raw, dtype.numpy)
   if not sizes:
     raise CheckpointError("The pickle is damaged: shape of a NumPy array.")
-  return values.reshape(shape, order="F" if order == "F" else "C")
+  return values.reshape(shape, order=order)
 
 
 def _ordered_dict(args: tuple[Any, ...]) -> Any:
@@ -127,8 +131,9 @@ def _ordered_dict(args: tuple[Any, ...]) -> Any:
     case ():
       return {}
     case (list() as rows,):
-      flat = [part for row in rows for part in row]
-      return dict(pairs(flat))
+      if not all(type(r) in (list, tuple) and len(r) == 2 for r in rows):
+        raise CheckpointError("The pickle is damaged: rows of an OrderedDict.")
+      return dict(pairs([part for row in rows for part in row]))
   return None
 
 
@@ -181,8 +186,14 @@ def _scalar(args: tuple[Any, ...]) -> Any:
 
 def _buffer_array(args: tuple[Any, ...]) -> Any:
   match args:
-    case (bytes() | bytearray() as raw, DType() as dtype, tuple() as shape, o):
-      return NumpyArray(_frombuffer(raw, dtype, shape, str(o)))
+    case (
+      bytes() | bytearray() as raw,
+      DType() as dtype,
+      tuple() as shape,
+      # Nothing else is looked at: printing it might never end.
+      "C" | "F" as order,
+    ):
+      return NumpyArray(_frombuffer(raw, dtype, shape, order))
   return None
 
 

@@ -1,21 +1,22 @@
 """Variables from checkpoint files: `load_pretrained`."""
 
 from collections.abc import Mapping
+import dataclasses
 import os
 import re
-from typing import Any, Final
+from typing import Any
 
 from flax import linen as nn
 from jaxtyping import Array
+import numpy as np
 
-from vimjax import registry, variants
-from vimjax.weights import checkpoint_files, convert, download, export
-
-# Fields with which a model can still have the published weights.
-_FREE: Final = frozenset(
-  "num_classes image_size drop_path_rate pos_embed_resize scan_layers remat "
-  "scan_implementation attention_implementation precision dtype "
-  "param_dtype".split()
+from vimjax import registry
+from vimjax.weights import (
+  checkpoint_files,
+  convert,
+  download,
+  export,
+  published,
 )
 
 
@@ -42,7 +43,9 @@ def load_pretrained(
     weights: "model", or "ema" for the running average of a checkpoint that has
       one.
     image_size: The variables fit the model with this `image_size`: positional
-      embeddings are resized.
+      embeddings are resized. Files written with an image size are resized from
+      that, others as by `vimjax.convert_state_dict`, ours preferably from the
+      model's own.
     rng: Key for a new classifier, for a model of another `num_classes`.
     accept_license: Needed to download weights that may not be used
       commercially (MambaVision's).
@@ -52,22 +55,26 @@ def load_pretrained(
 
   Raises:
     ValueError: The file does not fit the model (one message has all problems),
-      is damaged or holds other things (`CheckpointError`, a ValueError), or a
-      licence must be accepted.
-    TypeError: `model_or_name` is neither.
+      is damaged or holds other things (`CheckpointError`, a ValueError), is of
+      another published model, or its licence must be accepted.
+    TypeError: `model_or_name` is neither, or `rng` is no key.
     OSError: The file cannot be read or downloaded.
     ModuleNotFoundError: The extra `weights` is needed and not installed.
   """
   model, _ = convert.resolve(model_or_name, "load_pretrained")
   if path is None:
-    published = _published(model_or_name)
-    path = download.fetch(published, accept_license=accept_license)
+    path = download.fetch(
+      published.checkpoint(model_or_name, "load_pretrained"),
+      accept_license=accept_license,
+    )
   try:
-    return convert.convert_state_dict(
+    found = read(model, path, weights)
+    return convert.convert(
       model,
-      read_official(model, path, weights),
+      found.state_dict,
       image_size=image_size,
       rng=rng,
+      made_for=found.made_for,
     )
   except checkpoint_files.CheckpointError:
     raise
@@ -75,61 +82,55 @@ def load_pretrained(
     raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-def read_official(
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What a file holds.
+
+  Attributes:
+    state_dict: Official names to arrays.
+    variables: Ours, if it is these that the file has.
+    metadata: What a safetensors file says about itself.
+  """
+
+  state_dict: Mapping[str, Any]
+  variables: Mapping[str, Any] | None
+  metadata: Mapping[str, str]
+
+  @property
+  def made_for(self) -> tuple[Any, ...]:
+    """Image sizes that it may be of, before a model's own; None: a square."""
+    recorded = checkpoint_files.recorded_size(self.metadata)
+    if recorded is not None:
+      return (recorded,)
+    return (None,) if self.variables is None else ()
+
+  def model(self, name: str, **fields: Any) -> Any:
+    """The model of that name, with the classifier of this checkpoint."""
+    heads = [
+      key
+      for key in self.state_dict
+      if re.fullmatch(r"(.*\.)?head\.weight", key)
+    ]
+    if len(heads) == 1 and np.ndim(self.state_dict[heads[0]]) == 2:
+      fields["num_classes"] = self.state_dict[heads[0]].shape[0]
+    return registry.create_model(name, **fields)
+
+
+def read(
   model: nn.Module,
   path: str | os.PathLike[str],
   weights: checkpoint_files.Weights = "model",
-) -> Mapping[str, Any]:
-  """The state dict of a file in official names, ours turned back.
+) -> Checkpoint:
+  """Reads a file of official names or of ours.
 
   Raises:
     ValueError: It cannot be read (`CheckpointError`), or is of another family.
+    OSError: It cannot be read.
   """
   state_dict = checkpoint_files.read_state_dict(path, weights)
+  metadata = checkpoint_files.read_metadata(path)
   if not checkpoint_files.is_ours(state_dict):
-    return state_dict
-  return export.official_names(model, checkpoint_files.unflatten(state_dict))
-
-
-def class_count(state_dict: Mapping[str, Any]) -> int | None:
-  """How many classes an official state dict has, if that can be told."""
-  heads = [k for k in state_dict if re.fullmatch(r"(.*\.)?head\.weight", k)]
-  return int(state_dict[heads[0]].shape[0]) if len(heads) == 1 else None
-
-
-def _published(model_or_name: nn.Module | str) -> variants.Pretrained:
-  """What to download for a model.
-
-  Raises:
-    ValueError: Nothing was published, or several checkpoints fit.
-  """
-  if isinstance(model_or_name, str):
-    names = [model_or_name]
-  else:
-    names = [n for n in registry.list_models() if _fits(n, model_or_name)]
-  found = {n: registry.get_variant(n).pretrained for n in names}
-  if len(found) > 1:
-    raise ValueError(
-      f"load_pretrained: the weights of {list(found)} all fit this model; give "
-      "a name, or the path of a file."
-    )
-  for pretrained in found.values():
-    if pretrained is not None:
-      return pretrained
-  what = names[0] if names else "this model"
-  raise ValueError(
-    f"load_pretrained: no weights were published for {what}; pass the path of "
-    "a file."
-  )
-
-
-def _fits(name: str, model: nn.Module) -> bool:
-  variant = registry.get_variant(name)
-  if variant.module is not type(model):
-    return False
-  published = registry.create_model(name)
-  return all(
-    getattr(published, field) == getattr(model, field)
-    for field in registry.field_names(variant.module)
-    if field not in _FREE
-  )
+    return Checkpoint(state_dict, None, metadata)
+  variables = checkpoint_files.unflatten(state_dict)
+  official = export.official_names(model, variables)
+  return Checkpoint(official, variables, metadata)

@@ -30,6 +30,8 @@ _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
 # More elements than a view of few elements may have, as `expand` makes them.
 _MAX_EXPANDED: Final = 2**20
+# NumPy's limit.
+_MAX_AXES: Final = 64
 
 _DTYPES: Final[dict[str, np.dtype]] = {
   "float64": np.dtype("f8"),
@@ -149,7 +151,7 @@ def _rebuild(args: tuple[Any, ...]) -> Any:
       tuple() as strides,
       *_,
     ):
-      _check_view(offset, shape, strides)
+      _check_view(offset, shape, strides, storage.dtype)
       return Tensor(storage, offset, shape, strides)
   return None
 
@@ -167,18 +169,29 @@ def _rebuild_v3(args: tuple[Any, ...]) -> Any:
       pickle_values.Name("torch", name),
       *_,
     ) if name in _DTYPES:
-      _check_view(offset, shape, strides)
-      return Tensor(storage, offset, shape, strides, _DTYPES[name])
+      dtype = _DTYPES[name]
+      _check_view(offset, shape, strides, dtype)
+      return Tensor(storage, offset, shape, strides, dtype)
   return None
 
 
 def _check_view(
-  offset: Any, shape: tuple[Any, ...], strides: tuple[Any, ...]
+  offset: Any,
+  shape: tuple[Any, ...],
+  strides: tuple[Any, ...],
+  dtype: np.dtype,
 ) -> None:
+  """Raises CheckpointError unless NumPy can describe such a view."""
   numbers = (offset, *shape, *strides)
-  if len(shape) != len(strides) or not all(
+  possible = len(shape) == len(strides) <= _MAX_AXES and all(
     type(n) is int and 0 <= n < 2**63 for n in numbers
-  ):
+  )
+  if possible:
+    # Also where an axis has no or one element, so that nothing is read.
+    sizes = [max(n, 1) for n in shape]
+    reach = sum(n * s for n, s in zip(sizes, strides, strict=True))
+    possible = max(math.prod(sizes), reach) * dtype.itemsize < 2**63
+  if not possible:
     raise CheckpointError("A tensor has an impossible shape; file damaged.")
 
 
@@ -190,7 +203,7 @@ def _subclass(args: tuple[Any, ...]) -> Any:
   """torch._tensor._rebuild_from_type_v2: (function, type, arguments, state)."""
   match args:
     case (pickle_values.Name() as function, _, tuple() as inner, *_):
-      builder = _BUILDERS.get(str(function))
+      builder = _TENSORS.get(str(function))
       return builder(inner) if builder else None
   return None
 
@@ -199,12 +212,15 @@ def _size(args: tuple[Any, ...]) -> Any:
   return tuple(args[0]) if args and isinstance(args[0], list | tuple) else ()
 
 
-_BUILDERS: Final[dict[str, pickle_values.Builder]] = {
+_TENSORS: Final[dict[str, pickle_values.Builder]] = {
   "torch._utils._rebuild_tensor": _rebuild,
   "torch._utils._rebuild_tensor_v2": _rebuild,
   "torch._utils._rebuild_tensor_v3": _rebuild_v3,
   "torch._utils._rebuild_parameter": _first_tensor,
   "torch._utils._rebuild_parameter_with_state": _first_tensor,
+}
+_BUILDERS: Final[dict[str, pickle_values.Builder]] = {
+  **_TENSORS,
   "torch._tensor._rebuild_from_type_v2": _subclass,
   "torch.Size": _size,
 }
@@ -234,6 +250,15 @@ def _check_size(size: Any, dtype: np.dtype, available: int, key: str) -> None:
       f"Storage {key!r} claims {size} elements of {dtype.name}, but the file "
       f"holds {available} bytes for it; it is truncated or damaged."
     )
+
+
+def _same(storage: Storage, dtype: np.dtype, size: Any, key: str) -> Storage:
+  if storage.dtype != dtype or type(size) is not int or storage.size != size:
+    raise CheckpointError(
+      f"Storage {key!r} is mentioned with two types or sizes, which torch.save "
+      "never does; the file is damaged."
+    )
+  return storage
 
 
 def read(path: pathlib.Path) -> Any:
@@ -288,6 +313,7 @@ class _Archive:
         "is not a file of torch.save."
       )
     self._root = roots[0]
+    self._sound: set[str] = set()  # Entries whose checksum was compared.
     if self._root + "constants.pkl" in self._entries:
       raise CheckpointError(
         "This is a TorchScript program, not a checkpoint; save its state_dict."
@@ -309,15 +335,13 @@ class _Archive:
         pass
       case _:
         raise CheckpointError("The pickle has an unknown persistent id.")
-    if key not in self._storages:
-      name = f"{self._root}data/{key}"
-      if name not in self._entries:
-        raise CheckpointError(
-          f"Storage {key!r} is missing; the file is damaged."
-        )
-      dtype = _storage_type(kind)
-      _check_size(size, dtype, self._entries[name].file_size, key)
-      self._storages[key] = Storage(dtype, size, lambda: self._entry(name))
+    name, dtype = f"{self._root}data/{key}", _storage_type(kind)
+    if key in self._storages:
+      return _same(self._storages[key], dtype, size, key)
+    if name not in self._entries:
+      raise CheckpointError(f"Storage {key!r} is missing; the file is damaged.")
+    _check_size(size, dtype, self._entries[name].file_size, key)
+    self._storages[key] = Storage(dtype, size, lambda: self._entry(name))
     return self._storages[key]
 
   def _entry(self, name: str) -> memoryview:
@@ -334,13 +358,15 @@ class _Archive:
       raise CheckpointError(f"The entry {name!r} is damaged.")
     start += 30 + sum(struct.unpack("<HH", header[26:30]))
     content = memoryview(self._data)[start : start + entry.file_size]
-    damaged = len(content) != entry.file_size
     # torch.save writes 0 for all entries when told to leave checksums out.
-    if damaged or (entry.CRC and zlib.crc32(content) != entry.CRC):
+    unchecked = entry.CRC and name not in self._sound
+    damaged = len(content) != entry.file_size
+    if damaged or (unchecked and zlib.crc32(content) != entry.CRC):
       raise CheckpointError(
         f"The entry {name!r} is truncated, or its checksum is wrong: the file "
         "is damaged. Download or copy it again."
       )
+    self._sound.add(name)
     return content
 
 
@@ -388,10 +414,11 @@ def _legacy_storage(
       )
     case _:
       raise CheckpointError("The pickle has an unknown persistent id.")
-  if key not in storages:
-    dtype = _storage_type(kind)
-    _check_size(size, dtype, available, key)
-    storages[key] = Storage(dtype, size, lambda: b"")
+  dtype = _storage_type(kind)
+  if key in storages:
+    return _same(storages[key], dtype, size, key)
+  _check_size(size, dtype, available, key)
+  storages[key] = Storage(dtype, size, lambda: b"")
   return storages[key]
 
 

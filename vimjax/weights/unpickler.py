@@ -17,12 +17,16 @@ from typing import Any, Final
 from vimjax.weights import pickle_values
 
 _MARK: Final = object()
+# How many times the pickle's own size its builders may copy. A program can name
+# one long list many times, and have it copied every time.
+_COPIES: Final = 4
 # What opcodes do on a stack that they were not written for.
 _DAMAGE: Final = (
   IndexError,
   KeyError,
   MemoryError,
   OverflowError,
+  RecursionError,
   TypeError,
   ValueError,
 )
@@ -45,7 +49,12 @@ def load(
   Raises:
     CheckpointError: The pickle is truncated, damaged or nonsensical.
   """
-  machine = _Machine({**pickle_values.BUILDERS, **(builders or {})}, persistent)
+  size = len(file.getbuffer()) if isinstance(file, io.BytesIO) else len(file)
+  machine = _Machine(
+    {**pickle_values.BUILDERS, **(builders or {})},
+    persistent,
+    allowance=_COPIES * size,
+  )
   stream: Any = file  # A mapped file is enough of a file for pickletools.
   try:
     for opcode, argument, _ in pickletools.genops(stream):
@@ -64,11 +73,14 @@ class _Machine:
     self,
     builders: Mapping[str, pickle_values.Builder],
     persistent: Callable[[Any], Any] | None,
+    *,
+    allowance: int,
   ):
     self._stack: list[Any] = []
     self._memo: dict[int, Any] = {}
     self._builders = builders
     self._persistent = persistent
+    self._allowance = allowance
 
   def result(self) -> Any:
     if len(self._stack) != 1:
@@ -182,8 +194,21 @@ class _Machine:
     )
     if builder is None or not isinstance(args, tuple):
       return pickle_values.Opaque(kind, args)
-    built = builder(args)
+    self._allowance -= sum(len(a) for a in args if isinstance(a, _SIZED))
+    if self._allowance < 0:
+      raise _damaged("it copies the same values again and again")
+    try:
+      built = builder(args)
+    except pickle_values.CheckpointError as error:
+      raise pickle_values.CheckpointError(f"{self._near()}{error}") from error
     return pickle_values.Opaque(kind, args) if built is None else built
+
+  def _near(self) -> str:
+    """The key of what is being made: it lies below, on the stack."""
+    for value in reversed(self._stack):
+      if isinstance(value, str):
+        return f"{value[:80]}: "
+    return ""
 
   def _build(self, _: Any) -> None:
     state = self._pop()
@@ -253,6 +278,7 @@ _MAKERS: Final[dict[str, Callable[[], Any]]] = {
   "EMPTY_SET": set,
   "EMPTY_TUPLE": tuple,
 }
+_SIZED: Final = (bytearray, bytes, list, str, tuple)
 _TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _FROM_MARK: Final[dict[str, Callable[[list[Any]], Any]]] = {
   "LIST": list,

@@ -58,13 +58,9 @@ IGNORED: Final[dict[str, str]] = {}
 def adapt(
   model: vim.Vim,
   state_dict: dict[str, np.ndarray],
-  image_size: int | tuple[int, int],
+  origin: pos_embed.Origin,
 ) -> dict[str, np.ndarray]:
   """Resizes the positional embedding if the model's grid is another."""
   return pos_embed.fit(
-    state_dict,
-    model.grid(image_size),
-    model.grid(model.image_size),
-    class_token=model.class_token != "none",
-    resize=model.resize_pos_embed,
+    model, state_dict, origin, class_token=model.class_token != "none"
   )

@@ -13,7 +13,7 @@ import numpy as np
 
 from vimjax.layers import cross_scan
 from vimjax.models import vmamba
-from vimjax.weights import rules
+from vimjax.weights import pos_embed, rules
 
 _K = cross_scan.DIRECTIONS
 
@@ -134,7 +134,9 @@ def rules_for(model: vmamba.VMamba) -> Sequence[rules.Rule]:
 
 
 def adapt(
-  model: vmamba.VMamba, state_dict: dict[str, np.ndarray], image_size: None
+  model: vmamba.VMamba,
+  state_dict: dict[str, np.ndarray],
+  origin: pos_embed.Origin,
 ) -> dict[str, np.ndarray]:
   """Brings a state dict of any layout to the primary one.
 
@@ -143,7 +145,7 @@ def adapt(
   Raises:
     ValueError: Two keys are different names of one array.
   """
-  del image_size
+  del origin
   adapted, source = {}, {}
   for key, value in state_dict.items():
     name = _primary_name(model, key)
