@@ -76,12 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   size = size if args.size is None else args.size
   output = args.output or pathlib.Path(f"{args.name}.stablehlo")
   try:
-    model = registry.create_model(args.name)
-    state_dict = pretrained.read_official(model, args.weights)
-    classes = pretrained.class_count(state_dict)
-    if classes is not None:
-      model = registry.create_model(args.name, num_classes=classes)
-    variables = convert.convert_state_dict(model, state_dict)
+    found = pretrained.read(registry.create_model(args.name), args.weights)
+    model = found.model(args.name)
+    variables = convert.convert(
+      model, found.state_dict, made_for=found.made_for
+    )
     data = export_model(model, variables, image_size=size)
     output.write_bytes(data)
   except (OSError, ValueError, ModuleNotFoundError) as error:

@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     "one)",
   )
   parser.add_argument(
+    "--ema",
+    action="store_true",
+    help="take the running average of the weights, where a checkpoint has one",
+  )
+  parser.add_argument(
     "--accept-license",
     action="store_true",
     help="accept the licence of weights that may not be used commercially",
@@ -91,8 +96,12 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
       accept_license=args.accept_license,
       consent="--accept-license",
     )
-  found = pretrained.read(registry.create_model(args.model), path)
-  model = found.model(args.model)
+  which = "ema" if args.ema else "model"
+  found = pretrained.read(registry.create_model(args.model), path, which)
+  # Scanned layers compile in a fraction of the time.
+  has = registry.field_names(registry.get_variant(args.model).module)
+  fields = {"scan_layers": True} if "scan_layers" in has else {}
+  model = found.model(args.model, **fields)
   return model, convert.convert(
     model, found.state_dict, made_for=found.made_for
   )

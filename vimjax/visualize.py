@@ -80,11 +80,11 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     )
     image = jnp.zeros((1, 64, 64, 3))
     return model, jax.jit(model.init)(jax.random.key(0), image)
-  state_dict = pretrained.read_official(model, args.weights)
-  classes = pretrained.class_count(state_dict)
-  if classes is not None:
-    model = registry.create_model(args.model, num_classes=classes)
-  return model, convert.convert_state_dict(model, state_dict)
+  found = pretrained.read(model, args.weights)
+  model = found.model(args.model)
+  return model, convert.convert(
+    model, found.state_dict, made_for=found.made_for
+  )
 
 
 def _read(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:

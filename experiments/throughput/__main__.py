@@ -21,7 +21,7 @@ from typing import get_args
 import jax
 
 from experiments.throughput import cases, measure, report
-from pallas_kernels import bench
+from pallas_kernels import bench_compare
 import vimjax
 
 
@@ -105,7 +105,7 @@ def _measure(
   path: pathlib.Path | None,
 ) -> tuple[list[measure.Row], int]:
   """All rows, and how many groups the time limit left out."""
-  facts = bench.environment()
+  facts = bench_compare.environment()
   print("  ".join(f"{key} {value}" for key, value in facts.items()))
   groups = [group for plan in plans for group in cases.groups(plan)]
   start, rows, done = time.monotonic(), [], 0

@@ -184,7 +184,7 @@ def _variables(
 ) -> dict[str, Any]:
   """Values of the usual size; initialising would mean compiling once more."""
   shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1])
-  flat = traverse_util.flatten_dict(shapes)
+  flat: dict[Any, Any] = traverse_util.flatten_dict(shapes)
   ones = ("scale", "var")
   filled = {
     path: jnp.ones(leaf.shape, leaf.dtype)

@@ -245,6 +245,10 @@ def test_the_weights_of_a_sibling_are_refused():
   model = vimjax.create_model("vim_tiny_stride8", scan_layers=True)
   variables = vimjax.convert_state_dict(model, state_dict, image_size=224)
   assert variables["params"]["pos_embed"].shape == (27 * 27 + 1, 192)
+  # The same stride for larger images is no other model.
+  model = vimjax.create_model("vim_tiny", scan_layers=True, image_size=384)
+  variables = vimjax.convert_state_dict(model, state_dict)
+  assert variables["params"]["pos_embed"].shape == (24 * 24 + 1, 192)
 
 
 def test_keys_that_are_no_names_are_refused():

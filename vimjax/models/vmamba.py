@@ -131,10 +131,10 @@ class VMamba(nn.Module):
   ) -> tuple[Float[Array, "b i j d"], ...]:
     """What each stage computes, from stride 4 to stride 32.
 
-    Map i has embed_dim * 2 ** i channels and, as in the official backbone for
-    detection, no norm yet: heads add their own. Sides are divided by two with
-    rounding up from stage to stage, and by four in the stem: rounded up by the
-    overlapping one, down by patches.
+    Map i has embed_dim * 2 ** i channels and no norm yet: the official backbone
+    for detection puts a norm of its own, trained with the head, on each. Sides
+    are divided by two with rounding up from stage to stage, and by four in the
+    stem: rounded up by the overlapping one, down by patches.
     """
     return self._run(images, train, "features")
 

@@ -52,19 +52,20 @@ def sibling(model: Any, arrays: Mapping[str, np.ndarray]) -> str | None:
     arrays: A state dict in official names.
 
   Returns:
-    The model whose positional embedding is as long as the one in `arrays`, if
-    this model's own is not.
+    The model of another stride whose positional embedding is as long as the
+    one in `arrays`, if this model's own is not.
   """
   position = arrays.get("pos_embed")
-  if "image_size" not in registry.field_names(type(model)) or position is None:
+  if "stride" not in registry.field_names(type(model)) or position is None:
     return None
   rows = position.shape[1] if position.ndim == 3 else 0
   if rows == _rows(model):
     return None
   for name in registry.list_models():
-    if _fits(name, model, _FREE | {"stride"}) and rows == _rows(
-      registry.create_model(name)
-    ):
+    if not _fits(name, model, _FREE | {"stride"}):
+      continue
+    other = registry.create_model(name)
+    if other.stride != model.stride and rows == _rows(other):
       return name
   return None
 
