@@ -1,5 +1,6 @@
 """What the README shows is true: its code runs, its tables are current."""
 
+import json
 import os
 import re
 import shlex
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import tomllib
 
+import numpy as np
 from PIL import Image
 import pytest
 
 from experiments.imagenet import errors
 from tests import doc_blocks, readme_tables
 import vimjax
+from vimjax import export
 from vimjax.weights import checkpoint_files
 
 TEXT = readme_tables.README.read_text()
@@ -33,6 +36,14 @@ COMMANDS = {
   "python -m vimjax.convert --model vim_tiny --to-torch out.safetensors "
   "back.pth": _HERE,
   "python -m vimjax.predict cat.jpg --model vim_tiny": _HERE,
+  "python -m vimjax.visualize scan cat.jpg --model vim_tiny --output "
+  "scan.png": _HERE,
+  "python -m vimjax.flops vim_tiny --json": _HERE,
+  "python -m vimjax.export vim_tiny --weights in.pth --output "
+  "vim.stablehlo": _HERE,
+  "python -m experiments.throughput --preset cpu --json throughput.json": (
+    "experiments.throughput --preset cpu --json"
+  ),
   "python -m pallas_kernels.bench": "pallas_kernels.bench",
   f"{_TRAIN} vim_tiny:smoke --workdir runs/smoke": "--config vim_tiny:smoke",
   "python -m experiments.prepare_imagenet --tar_dir ~/ILSVRC2012": (
@@ -135,6 +146,27 @@ def test_predict_with_a_downloaded_checkpoint(folder):
   assert name == "cat.jpg"
   # All weights are zero, all classes equally probable.
   assert [row.split()[:2] for row in rows] == [["0.10", "%"]] * 5
+
+
+def test_visualize_count_and_export(folder):
+  _run(
+    "python -m vimjax.visualize scan cat.jpg --model vim_tiny --output "
+    "scan.png",
+    folder,
+  )
+  with Image.open(folder / "scan.png") as picture:
+    assert picture.size == (448, 224)
+  run = _run("python -m vimjax.flops vim_tiny --json", folder)
+  assert json.loads(run.stdout.splitlines()[-1])["params"] == 7148008
+  _run(
+    "python -m vimjax.export vim_tiny --weights in.pth --output vim.stablehlo",
+    folder,
+  )
+  program = export.load_exported((folder / "vim.stablehlo").read_bytes())
+  logits = program(np.ones((2, 224, 224, 3), np.float32))
+  assert logits.shape == (2, 1000)
+  # All weights are zero.
+  assert (np.asarray(logits) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["models", "digits", "bench"])

@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   output = args.output or pathlib.Path(f"{args.name}.stablehlo")
   try:
     found = pretrained.read(registry.create_model(args.name), args.weights)
-    model = found.model(args.name)
+    # Scanned layers make a program of a fraction of the size.
+    has = registry.field_names(registry.get_variant(args.name).module)
+    fields = {"scan_layers": True} if "scan_layers" in has else {}
+    model = found.model(args.name, **fields)
     variables = convert.convert(
       model, found.state_dict, made_for=found.made_for
     )
