@@ -1,9 +1,11 @@
 """Counting multiply-accumulates."""
 
+import dataclasses
 import json
 
 import pytest
 
+from tests import readme_tables
 import vimjax
 from vimjax import flops
 
@@ -89,6 +91,20 @@ def test_mamba2_and_windows_are_counted():
   windows = _macs(vimjax.create_model("mambavision_tiny"), 224)
   # ptflops, which does not count the scan and counts norms otherwise.
   assert windows.macs / 1e9 == pytest.approx(4.585, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "vim_tiny", "vmamba_tiny_m2"])
+def test_the_readme_has_what_is_counted(name):
+  path = readme_tables.RESULTS / "model_macs.json"
+  counts = json.loads(path.read_text())
+  assert list(counts) == vimjax.list_models()
+  model = vimjax.create_model(name)
+  total = dataclasses.asdict(_macs(model, 224))
+  assert counts[name] == {
+    "size": 224,
+    "params": flops.parameters(model, 224),
+    **total,
+  }
 
 
 def test_command_line_prints_a_table_and_json(capsys):

@@ -1,21 +1,24 @@
 """Writes the generated tables: `python -m tests.readme_tables`.
 
-They are parts of README.md and of the pages in docs/. A part stands between
+With --macs the multiply-accumulates of the models are counted first. The tables
+are parts of README.md and of the pages in docs/. A part stands between
 `<!-- NAME... -->` and `<!-- end of NAME -->`.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import vimjax
-from vimjax import registry
+from vimjax import flops, registry
 from vimjax.weights import download
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -42,9 +45,11 @@ def parameter_count(name: str) -> int:
 
 def models() -> str:
   """One row per model: the families in turn, each from small to large."""
+  macs = _result("model_macs.json")
   rows = [
-    "| Name | Parameters | Top-1 | Licence of the weights | Commercial use |",
-    "| --- | ---: | ---: | --- | --- |",
+    "| Name | Parameters | GMACs | Top-1 | Licence of the weights | Commercial "
+    "use |",
+    "| --- | ---: | ---: | ---: | --- | --- |",
   ]
   for family in FAMILIES:
     counts = {n: parameter_count(n) for n in vimjax.list_models(f"{family}_*")}
@@ -54,7 +59,8 @@ def models() -> str:
       if pretrained is not None:
         use = "yes" if pretrained.commercial_use else "**no**"
         facts = f"{pretrained.top1:.1f} | {pretrained.license} | {use}"
-      rows.append(f"| `{name}` | {counts[name]:,} | {facts} |")
+      work = f"{macs[name]['macs'] / 1e9:.2f}"
+      rows.append(f"| `{name}` | {counts[name]:,} | {work} | {facts} |")
   return "\n".join(rows)
 
 
@@ -165,5 +171,20 @@ def write() -> None:
     )
 
 
+def write_macs() -> None:
+  """Counts the multiply-accumulates of all models anew: minutes."""
+  counts = {}
+  for name in vimjax.list_models():
+    size = vimjax.get_variant(name).preprocessing.size
+    model = vimjax.create_model(name)
+    total = flops.total(flops.count(model, size).values())
+    params = flops.parameters(model, size)
+    counts[name] = dict(size=size, params=params, **dataclasses.asdict(total))
+  text = json.dumps(counts, indent=2) + "\n"
+  (RESULTS / "model_macs.json").write_text(text)
+
+
 if __name__ == "__main__":
+  if "--macs" in sys.argv:
+    write_macs()
   write()
