@@ -66,6 +66,8 @@ def _model() -> ml_collections.ConfigDict:
 
 def _optimizer() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
+  # "adamw" or "lamb" (timm's: clips to a global norm of 1, and arrays that do
+  # not decay take no trust ratio).
   c.name = "adamw"
   # Peak learning rate of a step at `batch_size`.
   c.peak_lr = 1e-3
@@ -75,6 +77,10 @@ def _optimizer() -> ml_collections.ConfigDict:
   # Length of the linear warm-up, in epochs.
   c.warmup_epochs = 5.0
   c.schedule = "cosine"
+  # Whether the cosine counts from the end of the warm-up, not from step 0.
+  c.warmup_prefix = False
+  # Epochs at the end, within `epochs`, in which the rate stays at final_lr.
+  c.cooldown_epochs = 0.0
   # "epoch" holds the rate for an epoch, as timm does; "step" moves each step.
   c.schedule_unit = "epoch"
   c.b1 = 0.9
@@ -83,6 +89,12 @@ def _optimizer() -> ml_collections.ConfigDict:
   # Decoupled; 1-D parameters, biases, positional embeddings and the class
   # token are not decayed (what the official code does; A_log is decayed).
   c.weight_decay = 0.1
+  # The official code decays A_log, and some more of the scan's parameters;
+  # False exempts A_log, D and dt_bias, which sets time scales, as Mamba's
+  # authors intended.
+  c.decay_scan_parameters = True
+  # Factor of the rate from each layer to the one before it; 1 means none.
+  c.layer_decay = 1.0
   # Global norm that gradients are clipped to; 0 means no clipping.
   c.clip_norm = 0.0
   return c
