@@ -96,6 +96,30 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "'model' or 'ema'",
         c.eval_weights in ("model", "ema"),
       ),
+      (
+        "accumulation_steps",
+        c.accumulation_steps,
+        "positive, and dividing the batch into parts for all devices",
+        c.accumulation_steps > 0
+        and c.batch_size % (devices * c.accumulation_steps) == 0,
+      ),
+      (
+        "mixup.group_size",
+        c.mixup.group_size,
+        "even and a divisor of batch_size, or 0",
+        not c.mixup.group_size
+        or (
+          c.mixup.group_size > 0
+          and c.mixup.group_size % 2 == 0
+          and c.batch_size % c.mixup.group_size == 0
+        ),
+      ),
+      (
+        "mesa.weight",
+        c.mesa.weight,
+        "0, or positive with an average (ema_decay)",
+        c.mesa.weight == 0 or (c.mesa.weight > 0 and c.ema_decay > 0),
+      ),
       ("data.mean", c.data.mean, "three numbers", len(c.data.mean) == 3),
       ("data.std", c.data.std, "three numbers", len(c.data.std) == 3),
       ("data.valid_split", c.data.valid_split, "given", c.data.valid_split),
@@ -157,10 +181,9 @@ class Run:
   checkpoints: checkpoints.Checkpoints
   interrupt: interrupts.Interrupt
 
-  def eval_params(self, state: steps.State) -> Any:
-    """The parameters that `config.eval_weights` chooses."""
-    average = self.config.eval_weights == "ema"
-    return state.ema_params if average else state.params
+  def eval_variables(self, state: steps.State) -> dict[str, Any]:
+    """The variables that `config.eval_weights` chooses."""
+    return state.variables(self.config.eval_weights)
 
 
 def prepare(
@@ -209,7 +232,9 @@ def prepare(
     plan=plan,
     model=model,
     tx=tx,
-    train_step=steps.make_train_step(model, tx, schedule, config, mesh),
+    train_step=steps.make_train_step(
+      model, tx, schedule, config, mesh, total_steps=plan.total_steps
+    ),
     eval_step=steps.make_eval_step(model, config, mesh),
     checkpoints=saved,
     interrupt=interrupt,

@@ -255,7 +255,7 @@ def _validate(
 ) -> None:
   split = run.config.data.valid_split
   values = steps.evaluate(
-    run.eval_step, run.eval_params(state), _eval_batches(run, split, corrupt)
+    run.eval_step, run.eval_variables(state), _eval_batches(run, split, corrupt)
   )
   if run.interrupt.received:
     return
@@ -319,7 +319,7 @@ def finish(
   split = c.data.test_split or c.data.valid_split
   corrupt = corrupt_lib.Corrupt(c.data.max_corrupt, record.corrupt)
   values = steps.evaluate(
-    run.eval_step, run.eval_params(state), _eval_batches(run, split, corrupt)
+    run.eval_step, run.eval_variables(state), _eval_batches(run, split, corrupt)
   )
   _stop_if_interrupted(run, record.step)
   result = {
@@ -353,7 +353,7 @@ def _predict(
   """Image, label and prediction of the first batch of `split`."""
   batch = next(iter(input_pipeline.eval_batches(run.config, split)))
   out = run.eval_step(
-    run.eval_params(state), steps.put_batch(batch, run.config, run.mesh)
+    run.eval_variables(state), steps.put_batch(batch, run.config, run.mesh)
   )
   predicted = np.asarray(out["predicted"])
   return [

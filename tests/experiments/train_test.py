@@ -242,13 +242,13 @@ class TestEvaluation:
         one = {k: v[i : i + 1].repeat(8, 0) for k, v in batch.items()}
         with jax.set_mesh(mesh):
           on_device = steps.put_batch(one, config, mesh)
-          out = jax.device_get(eval_step(state.params, on_device))
+          out = jax.device_get(eval_step(state.variables(), on_device))
         assert out["count"] == 8
         want.append((out["loss"] / 8, out["correct"] / 8))
     with jax.set_mesh(mesh):
       got = steps.evaluate(
         eval_step,
-        state.params,
+        state.variables(),
         (steps.put_batch(batch, config, mesh) for batch in batches),
       )
     assert got["examples"] == 21
@@ -258,7 +258,7 @@ class TestEvaluation:
 
   def test_a_split_without_readable_images_is_an_error(self):
     with pytest.raises(ValueError, match="no readable image"):
-      steps.evaluate(lambda params, batch: {}, {}, iter(()))
+      steps.evaluate(lambda variables, batch: {}, {}, iter(()))
 
 
 class TestWrongBatches:
@@ -292,6 +292,9 @@ class TestConfigChecks:
       ("epochs", 0.0, "epochs=0.0 must be positive"),
       ("ema_decay", 1.0, "ema_decay=1.0"),
       ("eval_weights", "best", "'model' or 'ema'"),
+      ("accumulation_steps", 3, "accumulation_steps=3 must be positive, and"),
+      ("mixup.group_size", 6, "even and a divisor of batch_size"),
+      ("mesa.weight", -1.0, "mesa.weight=-1.0"),
       ("data.valid_split", "", "data.valid_split='' must be given"),
       ("model.overrides.dtype", "float64", "one of ['bfloat16', 'float32']"),
       ("log.every_steps", 0, "every_steps=0 must be >= 1"),

@@ -100,6 +100,35 @@ def _optimizer() -> ml_collections.ConfigDict:
   return c
 
 
+def _mixup() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  # Parameters of the beta distributions of the weights; 0 never uses it.
+  c.mixup_alpha = 0.0
+  c.cutmix_alpha = 0.0
+  # Share of the groups that are mixed, and of those, where both are used, the
+  # share mixed by CutMix.
+  c.probability = 1.0
+  c.switch_probability = 0.5
+  # Images that share a weight and are mixed among themselves: in the official
+  # code those of one GPU. 0 means the whole batch.
+  c.group_size = 0
+  return c
+
+
+def _mesa() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  # Self-distillation (MESA, arXiv:2205.14083): `factor` times `weight` times
+  # the divergence from the model's own running average is added to the loss. A
+  # weight of 0 means none.
+  c.weight = 0.0
+  c.factor = 50.0
+  # Divides both logits.
+  c.temperature = 3.0
+  # Share of the training before the loss begins.
+  c.start = 0.25
+  return c
+
+
 def _log() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   # Steps between lines in metrics.jsonl and TensorBoard.
@@ -139,7 +168,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.ema_decay = 0.99996
   # Which parameters validation and the final result use: "model" or "ema".
   c.eval_weights = "model"
+  # Parts that a batch is divided into, to need less memory: one after the
+  # other, and one step for all. Statistics of batch norms are of a part.
+  c.accumulation_steps = 1
   c.data = _data()
+  c.mixup = _mixup()
+  c.mesa = _mesa()
   c.model = _model()
   c.optimizer = _optimizer()
   c.log = _log()
