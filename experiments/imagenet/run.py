@@ -120,6 +120,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "0, or positive with an average (ema_decay)",
         c.mesa.weight == 0 or (c.mesa.weight > 0 and c.ema_decay > 0),
       ),
+      ("data.repeats", c.data.repeats, "positive", c.data.repeats > 0),
+      (
+        "data.crop_interpolation",
+        c.data.crop_interpolation,
+        "'bicubic', 'bilinear' or 'random'",
+        c.data.crop_interpolation in ("bicubic", "bilinear", "random"),
+      ),
       ("data.mean", c.data.mean, "three numbers", len(c.data.mean) == 3),
       ("data.std", c.data.std, "three numbers", len(c.data.std) == 3),
       ("data.valid_split", c.data.valid_split, "given", c.data.valid_split),

@@ -26,11 +26,26 @@ def _data() -> ml_collections.ConfigDict:
   c.image_size = 224
   # Evaluation resizes the shorter side to image_size / crop_fraction.
   c.crop_fraction = 0.875
+  # "center" keeps the aspect and cuts; "squash" resizes both sides, then cuts.
+  c.crop_mode = "center"
   # Random-resized-crop: the crop's share of the image area, and its aspect.
   c.crop_area = (0.08, 1.0)
   c.crop_ratio = (3 / 4, 4 / 3)
   # Mirror half of the training images.
   c.flip = True
+  # Filter where a crop is enlarged, and of RandAugment's rotations and the
+  # like: "bicubic", "bilinear", or "random" for one of them each time.
+  c.crop_interpolation = "bicubic"
+  # RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1"; "" is none.
+  c.randaugment = ""
+  # Strength of random brightness, contrast and saturation. As in timm, it has
+  # no effect beside RandAugment, which the published recipes also set.
+  c.color_jitter = 0.0
+  # Share of the images in which a box is replaced by noise.
+  c.erase_probability = 0.0
+  # How often each drawn image comes in an epoch, augmented anew, while an
+  # epoch has as many images as ever: repeated augmentation.
+  c.repeats = 1
   # Pixel statistics (0 to 1) subtracted and divided on the device.
   c.mean = (0.485, 0.456, 0.406)
   c.std = (0.229, 0.224, 0.225)
