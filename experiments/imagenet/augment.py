@@ -331,7 +331,8 @@ def random_erase(
       top = rng.integers(0, height - h + 1)
       left = rng.integers(0, width - w + 1)
       noise = rng.standard_normal((h, w, 3), np.float32)
-      noise = 255 * (noise * np.float32(std) + np.float32(mean)) + 0.5
+      noise = noise * np.asarray(std, np.float32)
+      noise = 255 * (noise + np.asarray(mean, np.float32)) + 0.5
       image = image.copy()
       image[top : top + h, left : left + w] = np.clip(noise, 0, 255)
       break

@@ -237,26 +237,24 @@ def _scale_by_trust_ratio(
     safe = jnp.where(usable, norms[1], 1.0)
     return update * jnp.where(usable, norms[0] / safe, 1.0)
 
-  def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
-    updates = jax.tree_util.tree_map_with_path(
+  return optax.stateless(
+    lambda updates, params: jax.tree_util.tree_map_with_path(
       scale, updates, params, mask(params)
     )
-    return updates, state
-
-  return optax.GradientTransformation(lambda _: optax.EmptyState(), update_fn)
+  )
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
   """Multiplies updates by `layer_scales`; nothing at all for 1."""
 
-  def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
+  def update(updates: Any, params: Any) -> Any:
     del params
-    if decay != 1:
-      scales = layer_scales(updates, decay)
-      updates = jax.tree.map(lambda u, s: u * s, updates, scales)
-    return updates, state
+    if decay == 1:
+      return updates
+    scales = layer_scales(updates, decay)
+    return jax.tree.map(lambda u, s: u * s, updates, scales)
 
-  return optax.GradientTransformation(lambda _: optax.EmptyState(), update_fn)
+  return optax.stateless(update)
 
 
 OPTIMIZERS = {"adamw": _adamw, "lamb": _lamb}

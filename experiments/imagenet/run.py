@@ -21,6 +21,7 @@ from experiments.imagenet import (
   steps,
 )
 import vimjax
+from vimjax import registry
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -168,7 +169,9 @@ def make_model(config: ml_collections.ConfigDict) -> nn.Module:
     ValueError: There is no such model, or a value does not fit.
   """
   fields = {k: v for k, v in config.model.overrides.items() if v is not None}
-  fields.setdefault("image_size", config.data.image_size)
+  module = vimjax.get_variant(config.model.name).module
+  if "image_size" in registry.field_names(module):
+    fields.setdefault("image_size", config.data.image_size)
   fields["dtype"] = DTYPES[fields["dtype"]]
   return vimjax.create_model(config.model.name, **fields)
 

@@ -206,21 +206,17 @@ def make_train_step(
     images, targets = part
     logits, batch_stats = _forward(model, params, batch_stats, images, key)
     loss = _cross_entropy(logits, targets).mean()
-    if mesa.weight:
+
+    def divergence() -> jax.Array:
       # The average only watches: no batch statistics, no gradient.
-      average = state.variables("ema")
-      loss += jax.lax.cond(
-        state.step >= round(mesa.start * total_steps),
-        lambda: (
-          mesa.factor
-          * mesa.weight
-          * distillation(
-            logits,
-            jax.lax.stop_gradient(model.apply(average, images)),
-            mesa.temperature,
-          )
-        ),
-        lambda: jnp.zeros(()),
+      teacher: Any = model.apply(state.variables("ema"), images)
+      teacher = jax.lax.stop_gradient(teacher)
+      return distillation(logits, teacher, mesa.temperature)
+
+    if mesa.weight:
+      begun = state.step >= round(mesa.start * total_steps)
+      loss += (mesa.factor * mesa.weight) * jax.lax.cond(
+        begun, divergence, lambda: jnp.zeros(())
       )
     right = (logits.argmax(-1) == targets.argmax(-1)).mean()
     return loss, (right, batch_stats)
@@ -243,8 +239,8 @@ def make_train_step(
       )
       return (jax.tree.map(jnp.add, sums, (loss, right, grads)), stats), None
 
-    zeros = (jnp.zeros(()), jnp.zeros(()))
-    zeros = (*zeros, jax.tree.map(jnp.zeros_like, state.params))
+    none = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = (jnp.zeros(()), jnp.zeros(()), none)
     parts = jax.tree.map(lambda x: _parts(x, k, mesh), whole)
     (sums, stats), _ = jax.lax.scan(
       body, (zeros, state.batch_stats), (parts, jnp.arange(k))
@@ -268,7 +264,7 @@ def make_train_step(
     loss, accuracy, stats, grads = gradients(state, (images, targets), key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    average = (state.ema_params, state.ema_batch_stats)
+    average: Any = (state.ema_params, state.ema_batch_stats)
     if config.ema_decay:
       average = optax.incremental_update(
         (params, stats), average, 1 - config.ema_decay
@@ -305,10 +301,10 @@ def _forward(
   variables = _variables(params, batch_stats)
   if batch_stats is None:
     return model.apply(variables, images, train=True, rngs=rngs), None
-  logits, new = model.apply(
+  out: Any = model.apply(
     variables, images, train=True, rngs=rngs, mutable=["batch_stats"]
   )
-  return logits, new["batch_stats"]
+  return out[0], out[1]["batch_stats"]
 
 
 def _parts(

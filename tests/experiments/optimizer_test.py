@@ -11,14 +11,14 @@ import optax
 import pytest
 
 from experiments.imagenet import optimizer
-from experiments.imagenet.configs import vim_tiny
+from experiments.imagenet.configs import _recipe
 import vimjax
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "training"
 
 
 def _config(**changes):
-  c = vim_tiny.get_config()
+  c = _recipe.get_config("vim_tiny")
   c.update_from_flattened_dict(changes)
   return c
 

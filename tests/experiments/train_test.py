@@ -20,7 +20,7 @@ from tensorboardX import proto
 from experiments.imagenet import corrupt as corrupt_lib
 from experiments.imagenet import errors, metrics, optimizer, rundir, steps
 from experiments.imagenet import run as run_lib
-from experiments.imagenet.configs import vim_tiny
+from experiments.imagenet.configs import _base
 
 _SIZE, _CLASSES = 8, 4
 
@@ -39,7 +39,8 @@ class _Linear(nn.Module):
 
 
 def _config(**changes):
-  c = vim_tiny.get_config("smoke")
+  c = _base.get_config()
+  _base.smoke(c)
   c.data.image_size = _SIZE
   c.model.overrides.num_classes = _CLASSES
   c.optimizer.schedule = "constant"

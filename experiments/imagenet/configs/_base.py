@@ -1,7 +1,8 @@
 """Every field of a training run, with its default, unit and meaning.
 
-A configuration file calls `get_config()` and changes values; it never adds
-fields. Code reads `config.x.y`, never `config.get("x", default)`.
+A configuration file calls `get_config()` and changes values, and so do the
+recipes of the published models (`recipes.py`); neither adds fields. Code reads
+`config.x.y`, never `config.get("x", default)`.
 """
 
 from collections.abc import Callable, Mapping
@@ -69,11 +70,16 @@ def _model() -> ml_collections.ConfigDict:
   o.patch_size = config_dict.placeholder(int)
   o.stride = config_dict.placeholder(int)
   o.depth = config_dict.placeholder(int)
+  o.depths = config_dict.placeholder(tuple)
   o.embed_dim = config_dict.placeholder(int)
+  o.dim = config_dict.placeholder(int)
+  o.in_dim = config_dict.placeholder(int)
+  o.pos_embed_resize = config_dict.placeholder(str)
   o.drop_path_rate = config_dict.placeholder(float)
   o.scan_layers = config_dict.placeholder(bool)
   o.remat = config_dict.placeholder(bool)
   o.scan_implementation = config_dict.placeholder(str)
+  o.attention_implementation = config_dict.placeholder(str)
   # Computation dtype: "float32" or "bfloat16". Parameters are float32.
   o.dtype = "float32"
   return c
@@ -165,7 +171,7 @@ def _checkpoint() -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The defaults: Vim-Ti's recipe on ImageNet-1k at a batch of 1024."""
+  """The defaults: a plain run of Vim-Ti on ImageNet-1k, no published recipe."""
   c = ml_collections.ConfigDict()
   # Seeds the initial parameters, the data order and every random choice.
   c.seed = 0
@@ -202,12 +208,17 @@ def smoke(c: ml_collections.ConfigDict) -> None:
   c.data.image_size = 64
   c.data.test_split = "test"
   c.model.overrides.num_classes = 10
-  c.model.overrides.depth = 2
+  if c.model.name.startswith(("vim_", "deit_")):
+    c.model.overrides.depth = 2
+  else:
+    c.model.overrides.depths = (1, 1, 2, 2)
   c.batch_size = 32
   c.eval_batch_size = 40
+  c.mixup.group_size = 8 if c.mixup.group_size else 0
   c.epochs = 4.0
-  c.ema_decay = 0.9
+  c.ema_decay = 0.9 if c.ema_decay else 0.0
   c.optimizer.warmup_epochs = 1.0
+  c.optimizer.cooldown_epochs = 0.0
   c.log.every_steps = 5
 
 
