@@ -148,9 +148,16 @@ def num_examples(config: ml_collections.ConfigDict, split: str) -> int:
   return len(_open(config, split).records)
 
 
-def class_names(config: ml_collections.ConfigDict) -> list[str] | None:
-  """Name of each label, or None; errors as in `train_batches`."""
-  names = _open(config, config.data.train_split).class_names
+def class_names(
+  config: ml_collections.ConfigDict, split: str | None = None
+) -> list[str] | None:
+  """Name of each label, or None; errors as in `train_batches`.
+
+  Args:
+    config: The run's configuration.
+    split: Of which split; None means the training split.
+  """
+  names = _open(config, split or config.data.train_split).class_names
   return None if names is None else list(names)
 
 
@@ -175,7 +182,9 @@ def why_unreadable(
 
 
 def _open(config: ml_collections.ConfigDict, split: str) -> records.Split:
-  return registry.open_split(config.data.name, split, config.data.dir)
+  data = config.data
+  where = data.folder if data.name == "folder" else data.dir
+  return registry.open_split(data.name, split, where)
 
 
 def _steps_per_epoch(config: ml_collections.ConfigDict, count: int) -> int:

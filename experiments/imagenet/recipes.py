@@ -89,8 +89,8 @@ VIM: Final[dict[str, Recipe]] = {
     "optimizer.weight_decay": 0.05,
     "model.overrides.drop_path_rate": 0.05,
   },
-  "vim_tiny_stride8": _VIM_STRIDE8,
-  "vim_small_stride8": _VIM_STRIDE8,
+  "vim_tiny_stride8": _VIM_STRIDE8 | {"init_from": "published:vim_tiny"},
+  "vim_small_stride8": _VIM_STRIDE8 | {"init_from": "published:vim_small"},
 }
 
 # VMamba, arXiv:2401.10166; classification/config.py, whose rates are per 512

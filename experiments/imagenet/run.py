@@ -21,7 +21,7 @@ from experiments.imagenet import (
   steps,
 )
 import vimjax
-from vimjax import registry
+from vimjax import optional, registry
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -121,6 +121,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "0, or positive with an average (ema_decay)",
         c.mesa.weight == 0 or (c.mesa.weight > 0 and c.ema_decay > 0),
       ),
+      (
+        "init_weights",
+        c.init_weights,
+        "'model' or 'ema'",
+        c.init_weights in ("model", "ema"),
+      ),
       ("data.repeats", c.data.repeats, "positive", c.data.repeats > 0),
       (
         "data.crop_interpolation",
@@ -151,8 +157,36 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     )
     if not holds
   ]
+  if c.checkpoint.export:
+    try:
+      optional.require("safetensors", extra="weights")
+    except ModuleNotFoundError as error:
+      problems.append(f"config.checkpoint.export=True: {error}")
   if problems:
     raise errors.ConfigError("\n".join(problems))
+
+
+def fill_in(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of `config` with the number of classes, where that is the data's.
+
+  Raises:
+    errors.ConfigError: The data has no names of classes.
+    records.DataError: The data is missing or damaged.
+  """
+  config = config.copy_and_resolve_references()
+  if config.model.overrides.num_classes:
+    return config
+  try:
+    names = input_pipeline.class_names(config)
+  except ValueError as error:
+    raise errors.ConfigError(str(error)) from error
+  if names is None:
+    raise errors.ConfigError(
+      f"config.model.overrides.num_classes=0: {config.data.name!r} does not "
+      "say how many classes it has; give the number."
+    )
+  config.model.overrides.num_classes = len(names)
+  return config
 
 
 def make_model(config: ml_collections.ConfigDict) -> nn.Module:

@@ -117,6 +117,30 @@ def make_state(
   return init()
 
 
+def with_variables(
+  state: State, variables: Any, mesh: jax.sharding.Mesh
+) -> State:
+  """A new run's state with other initial variables, the averages' too.
+
+  Args:
+    state: From `make_state`.
+    variables: On the host, of the model's shapes.
+    mesh: From `make_mesh`.
+  """
+
+  def put() -> tuple[Any, Any]:
+    # Anew for the average: a training step consumes its arrays.
+    placed = jax.device_put(variables, replicated(mesh))
+    return placed["params"], placed.get("batch_stats")
+
+  params, stats = put()
+  state = dataclasses.replace(state, params=params, batch_stats=stats)
+  if state.ema_params is None:
+    return state
+  params, stats = put()
+  return dataclasses.replace(state, ema_params=params, ema_batch_stats=stats)
+
+
 def _init(
   model: nn.Module,
   tx: optax.GradientTransformation,

@@ -29,8 +29,12 @@ from experiments.imagenet import (
   steps,
 )
 from experiments.imagenet import corrupt as corrupt_lib
+from experiments.imagenet import initial as initial_lib
 from experiments.imagenet import run as run_lib
+import vimjax
 
+# The best weights, where `config.checkpoint.export` asks for them.
+WEIGHTS = "weights.safetensors"
 # Steps that may be under way before the numbers of an earlier one are read:
 # enough to keep the device busy, few enough to stop soon after a bad step.
 _STEPS_IN_FLIGHT = 2
@@ -55,6 +59,7 @@ def train_and_evaluate(
     OSError: A file cannot be read or written.
   """
   run_lib.check_config(config)
+  config = run_lib.fill_in(config)
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(rundir.claim(workdir))
     changed = rundir.compare_config(folder, config)
@@ -70,8 +75,10 @@ def train_and_evaluate(
     mesh = steps.make_mesh()
     stack.enter_context(jax.set_mesh(mesh))
     run = run_lib.prepare(config, folder, mesh, saved, interrupt)
-    state, record = start(run)
-    rundir.record_config(folder, config, step=record.step, changed=changed)
+    state, record, initial = start(run)
+    rundir.record_config(
+      folder, config, step=record.step, changed=changed, initial=initial
+    )
     # From an earlier configuration: if this one is cut off, it has no result.
     rundir.discard_result(folder)
     state, record = train(run, state, record)
@@ -80,22 +87,38 @@ def train_and_evaluate(
     return result
 
 
-def start(run: run_lib.Run) -> tuple[steps.State, checkpoints.Record]:
-  """The state to go on from: the newest sound checkpoint, or a new one."""
+def start(
+  run: run_lib.Run,
+) -> tuple[steps.State, checkpoints.Record, dict[str, Any] | None]:
+  """The state to go on from: the newest sound checkpoint, or a new one.
+
+  Returns:
+    The state, its record and, for a new one that starts from weights, where
+    these are from.
+  """
   shapes = steps.state_shapes(run.model, run.tx, run.config, run.mesh)
   total = run.plan.total_steps
   restored = run.checkpoints.restore(shapes)
   if restored is None:
     state = steps.make_state(run.model, run.tx, run.config, run.mesh)
+    initial = None
+    if run.config.init_from:
+      with jax.transfer_guard_host_to_device("allow"):
+        variables, initial = initial_lib.load(run.config, run.model)
+        state = steps.with_variables(state, variables, run.mesh)
+      metrics.say(
+        f"initial weights: {initial['path']} (licence: "
+        f"{initial['license'] or 'unknown'})"
+      )
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     metrics.say(
       f"new run in {run.folder}: {run.config.model.name}, {parameters:,} "
       f"parameters, {total} steps of {run.config.batch_size} images on "
       f"{jax.device_count()} device(s)"
     )
-    return state, checkpoints.Record()
+    return state, checkpoints.Record(), initial
   metrics.say(f"resumed {run.folder} from step {restored[1].step} of {total}")
-  return restored
+  return *restored, None
 
 
 class _Window:
@@ -343,6 +366,13 @@ def finish(
       ),
     ]
   if not jax.process_index():
+    if c.checkpoint.export:
+      recorded = rundir.read_json(run.folder / "config.json") or {}
+      vimjax.save_variables(
+        run.folder / WEIGHTS,
+        run.eval_variables(state),
+        metadata=initial_lib.metadata(c, recorded.get("initial_weights")),
+      )
     rundir.write_json(run.folder / rundir.RESULT, result)
   return result
 

@@ -118,8 +118,20 @@ def _mambavision(*values):
 _WANTED = {
   "vim_tiny": _row(_VIM, 1024, 128, 0.1, 0.0),
   "vim_small": _row(_VIM, 512, 64, 0.05, 0.05),
-  "vim_tiny_stride8": _row(_VIM | _FINE_TUNING, 1024, 128, 1e-8, 0.0),
-  "vim_small_stride8": _row(_VIM | _FINE_TUNING, 1024, 128, 1e-8, 0.0),
+  "vim_tiny_stride8": _row(
+    _VIM | _FINE_TUNING | {"init_from": "published:vim_tiny"},
+    1024,
+    128,
+    1e-8,
+    0.0,
+  ),
+  "vim_small_stride8": _row(
+    _VIM | _FINE_TUNING | {"init_from": "published:vim_small"},
+    1024,
+    128,
+    1e-8,
+    0.0,
+  ),
   "vmamba_tiny_v0": _vmamba(0.2, 0.0, "model"),
   "vmamba_small_v0": _vmamba(0.3),
   "vmamba_base_v0": _vmamba(0.5),

@@ -16,6 +16,8 @@ def _data() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   # A name in `experiments.datasets.registry.DATASETS`.
   c.name = "imagenet2012"
+  # For the data set "folder": where its classes are, each in a subfolder.
+  c.folder = ""
   # TFDS folder; None means $TFDS_DATA_DIR, else ~/tensorflow_datasets.
   c.dir = config_dict.placeholder(str)
   # TFDS split expressions. `valid_split` picks checkpoints and settings;
@@ -65,6 +67,7 @@ def _model() -> ml_collections.ConfigDict:
   # command line. None keeps the variant's own value (of image_size: takes
   # data.image_size).
   o = c.overrides = ml_collections.ConfigDict()
+  # 0 means as many as the data set has.
   o.num_classes = 1000
   o.image_size = config_dict.placeholder(int)
   o.patch_size = config_dict.placeholder(int)
@@ -165,6 +168,8 @@ def _checkpoint() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   # Epochs between checkpoints; one is also written at the end and on SIGTERM.
   c.every_epochs = 1.0
+  # Write the best weights to weights.safetensors when the run is finished.
+  c.export = False
   # How many of the newest to keep, beside the best on `valid_split`.
   c.keep = 2
   return c
@@ -175,6 +180,12 @@ def get_config() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   # Seeds the initial parameters, the data order and every random choice.
   c.seed = 0
+  # Weights to start from: a file (official, or of `vimjax.save_variables`),
+  # "published" for those of the model, or "published:NAME"; "" means none. The
+  # head is replaced where the number of classes differs.
+  c.init_from = ""
+  # Which weights of that file: "model", or "ema" for an average.
+  c.init_weights = "model"
   # Images per step over all devices.
   c.batch_size = 1024
   # Images per evaluation step over all devices.
@@ -204,6 +215,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 def smoke(c: ml_collections.ConfigDict) -> None:
   """Turns a recipe into a one-minute run of the same code on two cores."""
+  c.init_from = ""
   c.data.name = "generated"
   c.data.image_size = 64
   c.data.test_split = "test"
