@@ -122,6 +122,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         c.mesa.weight == 0 or (c.mesa.weight > 0 and c.ema_decay > 0),
       ),
       (
+        "non_finite",
+        c.non_finite,
+        "'stop' or 'skip'",
+        c.non_finite in ("stop", "skip"),
+      ),
+      (
         "init_weights",
         c.init_weights,
         "'model' or 'ema'",

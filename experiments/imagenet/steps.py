@@ -303,16 +303,19 @@ def make_train_step(
       "lr": schedule(state.step),
     }
     metrics["finite"] = jnp.isfinite(sum(metrics.values()))
-    state = dataclasses.replace(
+    new = dataclasses.replace(
       state,
-      step=state.step + 1,
       params=params,
       opt_state=opt_state,
       ema_params=average[0],
       batch_stats=stats,
       ema_batch_stats=average[1],
     )
-    return state, metrics
+    if config.non_finite == "skip":
+      new = jax.tree.map(
+        lambda x, old: jnp.where(metrics["finite"], x, old), new, state
+      )
+    return dataclasses.replace(new, step=state.step + 1), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
 

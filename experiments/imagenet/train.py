@@ -121,7 +121,7 @@ def start(
   return *restored, None
 
 
-class _Window:
+class Window:
   """Reads the numbers of the steps late, and logs their means.
 
   A mean is over the steps since the line before it, or since the start of
@@ -135,6 +135,14 @@ class _Window:
     progress: metrics.Progress,
     corrupt: corrupt_lib.Corrupt,
   ):
+    """Starts without numbers.
+
+    Args:
+      run: From `run.prepare`.
+      writer: Gets a line every `config.log.every_steps`.
+      progress: Shows the same numbers.
+      corrupt: Its count goes into the lines.
+    """
     self._run = run
     self._writer = writer
     self._progress = progress
@@ -142,25 +150,34 @@ class _Window:
     self._pending: collections.deque[tuple[int, steps.Metrics]]
     self._pending = collections.deque()
     self._values: list[dict[str, float]] = []
+    # Steps that were not finite: in a row, and since the last line.
+    self._in_a_row = 0
+    self._skipped = 0
 
   def add(self, step: int, values: steps.Metrics) -> None:
+    """Takes the numbers of a step, which may still be under way."""
     self._pending.append((step, values))
     while len(self._pending) > _STEPS_IN_FLIGHT:
       self._read(*self._pending.popleft())
 
   def drain(self) -> None:
+    """Reads what is left; raises NonFiniteError, as `add` may."""
     while self._pending:
       self._read(*self._pending.popleft())
 
   def _read(self, step: int, values: steps.Metrics) -> None:
     numbers = {k: v.item() for k, v in jax.device_get(values).items()}
-    if not numbers.pop("finite"):
-      raise _non_finite(self._run, step, numbers)
-    self._values.append(numbers)
+    if numbers.pop("finite"):
+      self._in_a_row = 0
+      self._values.append(numbers)
+    else:
+      self._skip(step, numbers)
     plan, every = self._run.plan, self._run.config.log.every_steps
     if step % every and step != plan.total_steps:
       return
     self._run.checkpoints.check()
+    if not self._values:
+      return
     means = {
       k: float(np.mean([v[k] for v in self._values])) for k in self._values[0]
     }
@@ -175,8 +192,19 @@ class _Window:
         **means,
         "images_per_second": self._progress.images_per_second,
         "corrupt": self._corrupt.count,
+        "skipped": self._skipped,
       },
     )
+    self._skipped = 0
+
+  def _skip(self, step: int, numbers: Mapping[str, float]) -> None:
+    """Takes note of a step that was not finite, or ends the run."""
+    self._in_a_row += 1
+    self._skipped += 1
+    config = self._run.config
+    if config.non_finite != "skip" or self._in_a_row > config.max_skipped_steps:
+      raise _non_finite(self._run, step, numbers)
+    logging.warning("Skipped step %d, which is not finite: %s", step, numbers)
 
 
 def _non_finite(
@@ -223,7 +251,7 @@ def train(
       progress_bar=config.log.progress_bar,
     )
     stack.callback(progress.close)
-    window = _Window(run, writer, progress, corrupt)
+    window = Window(run, writer, progress, corrupt)
 
     def validate() -> None:
       if not plan.evaluates(record.step):

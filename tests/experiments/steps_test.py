@@ -27,6 +27,8 @@ class _Net(nn.Module):
 
   @nn.compact
   def __call__(self, images, *, train=False):
+    # White images alone are poison.
+    images = jnp.where(images.min() > 2.2, jnp.nan, images)
     x = nn.Dense(8, name="hidden")(images.reshape(len(images), -1))
     if self.norm:
       x = batch_norm.BatchNorm(name="norm")(x, train=train)
@@ -64,7 +66,9 @@ def _batch(seed):
   }
 
 
-def _run(config, *, norm=False, devices=1, count=3, total_steps=100):
+def _run(
+  config, *, norm=False, devices=1, count=3, total_steps=100, batches=None
+):
   """First and last state, and the numbers of all steps."""
   mesh, model = _mesh(devices), _Net(norm)
   schedule = optimizer.make_schedule(config, 10)
@@ -76,8 +80,8 @@ def _run(config, *, norm=False, devices=1, count=3, total_steps=100):
     train_step = steps.make_train_step(
       model, tx, schedule, config, mesh, total_steps=total_steps
     )
-    for i in range(count):
-      batch = steps.put_batch(_batch(i), config, mesh)
+    for i, batch in enumerate(batches or map(_batch, range(count))):
+      batch = steps.put_batch(batch, config, mesh)
       if not i:
         lowered = train_step.lower(state, batch)
         train_step = lowered.compile(compiler_options=_QUICK)
@@ -238,3 +242,26 @@ def test_mixed_batches_are_the_same_on_any_number_of_devices():
     chex.assert_trees_all_close(a, b, rtol=1e-4)
   chex.assert_trees_all_close(got.params, want.params, atol=2e-4)
   assert numbers[0]["loss"] != _run(_config(), count=1)[2][0]["loss"]
+
+
+_POISON = _batch(5) | {
+  "image": np.full((_BATCH, _SIZE, _SIZE, 3), 255, np.uint8)
+}
+
+
+class TestNonFiniteSteps:
+  def test_a_skipped_step_leaves_no_trace(self):
+    config = _config(non_finite="skip")
+    good = [_batch(0), _batch(1)]
+    _, want, _ = _run(config, norm=True, batches=good)
+    _, got, numbers = _run(
+      config, norm=True, batches=[good[0], _POISON, good[1]]
+    )
+    assert [bool(x["finite"]) for x in numbers] == [True, False, True]
+    assert (got.step, want.step) == (3, 2)
+    chex.assert_trees_all_equal(got.replace(step=want.step), want)
+
+  def test_otherwise_it_shows(self):
+    _, state, numbers = _run(_config(), batches=[_POISON])
+    assert not numbers[0]["finite"]
+    assert np.isnan(state.params["head"]["kernel"]).all()

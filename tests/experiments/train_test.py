@@ -7,6 +7,7 @@ import select
 import sys
 import termios
 import time
+import types
 
 import chex
 from flax import linen as nn
@@ -18,7 +19,14 @@ import pytest
 from tensorboardX import proto
 
 from experiments.imagenet import corrupt as corrupt_lib
-from experiments.imagenet import errors, metrics, optimizer, rundir, steps
+from experiments.imagenet import (
+  errors,
+  metrics,
+  optimizer,
+  rundir,
+  steps,
+  train,
+)
 from experiments.imagenet import run as run_lib
 from experiments.imagenet.configs import _base
 
@@ -293,6 +301,7 @@ class TestConfigChecks:
       ("epochs", 0.0, "epochs=0.0 must be positive"),
       ("ema_decay", 1.0, "ema_decay=1.0"),
       ("eval_weights", "best", "'model' or 'ema'"),
+      ("non_finite", "ignore", "'stop' or 'skip'"),
       ("accumulation_steps", 3, "accumulation_steps=3 must be positive, and"),
       ("mixup.group_size", 6, "even and a divisor of batch_size"),
       ("mesa.weight", -1.0, "mesa.weight=-1.0"),
@@ -406,6 +415,63 @@ class TestMetrics:
     ]
     restarts = [e.step for e in events if e.HasField("session_log")]
     assert restarts == [3]
+
+
+class _Lines:
+  """Stands for the writer and the progress bar."""
+
+  images_per_second = 0.0
+
+  def __init__(self):
+    self.lines = []
+
+  def write(self, step, split, values):
+    self.lines.append((step, values))
+
+  def update(self, step, values):
+    pass
+
+  def check(self):
+    pass
+
+  def saved_steps(self):
+    return [1]
+
+
+class TestNonFiniteSteps:
+  def _read(self, finite, **changes):
+    """The lines of a log every two steps, of steps that are finite or not."""
+    lines = _Lines()
+    config = _config(**{"log.every_steps": 2, **changes})
+    run = types.SimpleNamespace(
+      config=config, plan=run_lib.Plan(10, 10, 10, 10), checkpoints=lines
+    )
+    corrupt = corrupt_lib.Corrupt(0, {})
+    window = train.Window(run, lines, lines, corrupt)
+    for step, good in enumerate(finite, start=1):
+      numbers = {"loss": step if good else np.nan, "lr": 0.1, "finite": good}
+      window.add(step, {k: np.asarray(v) for k, v in numbers.items()})
+    window.drain()
+    return lines.lines
+
+  def test_they_end_the_run(self):
+    with pytest.raises(errors.NonFiniteError, match="Step 2 is not finite"):
+      self._read([True, False, True])
+
+  def test_or_are_counted_and_left_out_of_the_means(self):
+    lines = self._read(
+      [True, False] + 2 * [False] + 2 * [True], non_finite="skip"
+    )
+    assert [(step, x["loss"], x["skipped"]) for step, x in lines] == [
+      (2, 1.0, 1),
+      (6, 5.5, 2),
+    ]
+
+  def test_too_many_in_a_row_end_the_run_all_the_same(self):
+    changes = {"non_finite": "skip", "max_skipped_steps": 2}
+    self._read([False, False, True, False, False], **changes)
+    with pytest.raises(errors.NonFiniteError, match="Step 3"):
+      self._read([False, False, False], **changes)
 
 
 class TestProgress:

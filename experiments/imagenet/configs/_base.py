@@ -200,6 +200,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.ema_decay = 0.99996
   # Which parameters validation and the final result use: "model" or "ema".
   c.eval_weights = "model"
+  # What a step with a loss, gradient or update that is no finite number does:
+  # "stop" ends the run at its last checkpoint; "skip" leaves parameters,
+  # averages and the optimiser (its count of steps, and so the rate, too) as
+  # they were, and stops after more than so many such steps in a row.
+  c.non_finite = "stop"
+  c.max_skipped_steps = 10
   # Parts that a batch is divided into, to need less memory: one after the
   # other, and one step for all. Statistics of batch norms are of a part.
   c.accumulation_steps = 1
