@@ -6,11 +6,11 @@ and its like, colour, sharpness) differ by rounding and by how OpenCV
 interpolates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import Final
+from typing import Any, Final
 
 import cv2
 from jaxtyping import UInt8
@@ -176,7 +176,7 @@ class Operation:
     geometric: Whether it interpolates.
   """
 
-  apply: Callable[..., Image]
+  apply: Callable[..., Any]
   argument: Callable[[float, int], float] | None = None
   geometric: bool = False
 
@@ -215,7 +215,6 @@ OPERATIONS: Final[dict[str, Operation]] = {
   "TranslateXRel": Operation(translate_x, _signed(0.45), geometric=True),
   "TranslateYRel": Operation(translate_y, _signed(0.45), geometric=True),
 }
-_NAMES: Final = tuple(OPERATIONS)
 _SPECIFICATION: Final = re.compile(
   r"rand-m(\d+(?:\.\d+)?)-mstd(\d+(?:\.\d+)?)-inc1(?:-n(\d+))?"
 )
@@ -230,17 +229,22 @@ class RandAugment:
     deviation: Standard deviation of the strength.
     count: Operations per image, each applied with probability 1/2.
     interpolations: Of the geometric ones, OpenCV's; drawn for each.
+    operations: What is drawn from.
   """
 
   magnitude: float
   deviation: float
   count: int = 2
   interpolations: tuple[int, ...] = (cv2.INTER_CUBIC,)
+  operations: Mapping[str, Operation] = dataclasses.field(
+    default_factory=lambda: OPERATIONS
+  )
 
   def __call__(self, image: Image, rng: np.random.Generator) -> Image:
     """Changes an image."""
+    names = tuple(self.operations)
     for _ in range(self.count):
-      operation = OPERATIONS[_NAMES[rng.integers(len(_NAMES))]]
+      operation = self.operations[names[rng.integers(len(names))]]
       if rng.random() < 0.5:
         continue
       arguments = []
