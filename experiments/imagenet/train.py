@@ -95,7 +95,12 @@ def start(
   Returns:
     The state, its record and, for a new one that starts from weights, where
     these are from.
+
+  Raises:
+    errors.ConflictError: The training data has grown or shrunk since.
   """
+  data = run.config.data
+  examples = input_pipeline.num_examples(run.config, data.train_split)
   shapes = steps.state_shapes(run.model, run.tx, run.config, run.mesh)
   total = run.plan.total_steps
   restored = run.checkpoints.restore(shapes)
@@ -116,7 +121,14 @@ def start(
       f"parameters, {total} steps of {run.config.batch_size} images on "
       f"{jax.device_count()} device(s)"
     )
-    return state, checkpoints.Record(), initial
+    return state, checkpoints.Record(examples=examples), initial
+  if restored[1].examples != examples:
+    raise errors.ConflictError(
+      f"{data.name!r} ({data.train_split}) had {restored[1].examples} images "
+      f"when {run.folder} was saved, and has {examples} now: the run would go "
+      "on with others than it began with. Restore the data, or choose another "
+      "--workdir."
+    )
   metrics.say(f"resumed {run.folder} from step {restored[1].step} of {total}")
   return *restored, None
 

@@ -258,3 +258,10 @@ def test_fine_tuning_on_a_folder_from_official_weights(job, official, tmp_path):
   assert values["accuracy"] == result["accuracy"]
   np.testing.assert_allclose(values["loss"], result["loss"], rtol=1e-5)
   assert values["unreadable"] == 0
+
+  # Other data than the run began with would change what comes next.
+  (data / "train" / "bee" / "3.jpg").unlink()
+  code, _, err = job.run(workdir, "--config.epochs=3.0", config=arguments)
+  assert code == errors.ExitCode.CONFIG_CONFLICT
+  assert "'folder' (train) had 36 images" in err
+  assert "has 35 now" in err
