@@ -4,27 +4,33 @@ from collections.abc import Sequence
 import difflib
 import pathlib
 
+from experiments.imagenet import recipes
+
+# The file that makes a configuration of a recipe.
+_RECIPE = "_recipe.py"
+
 
 class UnknownConfigError(ValueError):
   """No configuration has this name; the message lists those that exist."""
 
 
 def list_configs(folder: pathlib.Path) -> list[str]:
-  """The names of the configurations in `folder`, sorted."""
-  return sorted(
-    p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")
-  )
+  """All names of configurations, sorted: recipes, and files in `folder`."""
+  files = [p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")]
+  return sorted([*files, *recipes.RECIPES])
 
 
 def resolve(argv: Sequence[str], folder: pathlib.Path) -> list[str]:
-  """Replaces the name after `--config` by the path that ml_collections wants.
+  """Replaces the name after `--config` by what ml_collections wants.
+
+  That is a path, and after a colon an argument: the model, for a recipe.
 
   Both `--config NAME` and `--config=NAME` are understood. A name may carry an
   argument (`vim_tiny:smoke`), and a path to an existing file stays as it is.
 
   Args:
     argv: The command line, program name included.
-    folder: Where the configurations are, one file each.
+    folder: Where the other configurations are, one file each.
 
   Returns:
     The command line with the path in place of the name.
@@ -48,6 +54,8 @@ def resolve(argv: Sequence[str], folder: pathlib.Path) -> list[str]:
 def _path(value: str, folder: pathlib.Path) -> str:
   name, colon, argument = value.partition(":")
   names = list_configs(folder)
+  if name in recipes.RECIPES:
+    return f"{folder / _RECIPE}:{value}"
   if name in names:
     return f"{folder / name}.py{colon}{argument}"
   if name.endswith(".py") and pathlib.Path(name).is_file():

@@ -60,6 +60,11 @@ def make_builder(root: str) -> tfds.core.DatasetBuilder:
   return tfds.builder("imagenet2012", data_dir=root, file_format="array_record")
 
 
+def wordnet_ids() -> list[str]:
+  """The WordNet id of each class, by label."""
+  return _lines("labels.txt")
+
+
 def train_examples(path: pathlib.Path, progress: Progress) -> Iterator[Example]:
   """Reads the training tar, which holds one tar of images per class.
 
@@ -73,7 +78,7 @@ def train_examples(path: pathlib.Path, progress: Progress) -> Iterator[Example]:
   Raises:
     DataError: The file is truncated or no such tar; names it.
   """
-  classes = set(_lines("labels.txt"))
+  classes = set(wordnet_ids())
   for name, data in _members(path):
     label = name.removesuffix(".tar")
     if label not in classes:

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from experiments.datasets import (
   digits,
+  folder,
   generated,
   imagenet,
   records,
@@ -54,6 +55,10 @@ DATASETS: Final[dict[str, Dataset]] = {
     "1,797 handwritten digits, from inside scikit-learn",
     _tfds(_array_record(digits.SklearnDigits)),
   ),
+  "folder": Dataset(
+    "your own images: a folder with a subfolder for each class",
+    folder.open_split,
+  ),
   "generated": Dataset(
     "480 generated JPEGs shaped like ImageNet's, for smoke runs",
     _tfds(_array_record(generated.VimjaxGenerated)),
@@ -70,7 +75,7 @@ def open_split(
     name: A key of `DATASETS`.
     split: Name of a split (for TFDS data, any split expression).
     data_dir: Folder of the data; None means $TFDS_DATA_DIR, else
-      ~/tensorflow_datasets.
+      ~/tensorflow_datasets ("folder" has no such place).
 
   Returns:
     The split.

@@ -3,8 +3,9 @@
   python -m experiments.imagenet --config NAME --workdir DIR \\
       [--config.FIELD=VALUE ...]
 
-NAME is one of: {names}. `vim_tiny:smoke` and `vim_small:smoke` run the same
-code on generated images in about a minute. Fields are listed, with their
+NAME is one of: {names}.
+A model's name is its published recipe; with `:smoke` after it, the same code
+runs on generated images in about a minute. Fields are listed, with their
 meaning, in experiments/imagenet/configs/_base.py; for instance
   --config.optimizer.peak_lr=3e-4 --config.model.overrides.dtype=bfloat16
 

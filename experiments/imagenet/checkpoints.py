@@ -46,6 +46,7 @@ class Record:
     best_accuracy: That accuracy, 0 to 1.
     best_loss: The validation loss there, which decides between equals.
     corrupt: Ids of the unreadable records met so far, sorted, by split.
+    examples: Records in the training split.
   """
 
   step: int = 0
@@ -54,6 +55,7 @@ class Record:
   best_accuracy: float = 0.0
   best_loss: float = 0.0
   corrupt: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+  examples: int = 0
 
 
 @jax.jit

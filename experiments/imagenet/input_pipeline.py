@@ -8,6 +8,8 @@ simply starts its stream at the step it stopped at.
 Epochs line up with steps: an epoch is `num_examples // batch_size` steps, sees
 each image at most once in an order of its own, and leaves out the
 `num_examples % batch_size` images at the end of that order (others each time).
+With repeated augmentation it sees fewer images, each `config.data.repeats`
+times.
 
 An unreadable image never raises here. The training stream puts the next
 readable record in its place and the evaluation stream masks it; both set
@@ -30,8 +32,8 @@ import ml_collections
 import numpy as np
 
 from experiments.datasets import records, registry
-from experiments.imagenet import transforms
-from vimjax import preprocessing
+from experiments.imagenet import augment, transforms
+from vimjax import preprocessing, variants
 
 Batch = dict[str, np.ndarray]
 
@@ -76,6 +78,8 @@ def train_batches(
   steps = _steps_per_epoch(config, len(split.records))
   source = _TrainSource(split.records, tries=config.data.max_corrupt + 1)
   dataset = grain.MapDataset.source(source).seed(config.seed).shuffle()
+  if config.data.repeats > 1:
+    dataset = _Repeated(dataset, config)
   dataset = dataset[: steps * config.batch_size].repeat()
   # Augmentation comes before slicing: its seed is the global position.
   dataset = dataset.random_map(_augment(config))
@@ -115,6 +119,7 @@ def eval_batches(
     multiple=config.eval_batch_size,
     size=config.data.image_size,
     crop_fraction=config.data.crop_fraction,
+    crop_mode=config.data.crop_mode,
   )
   dataset = grain.MapDataset.source(source)
   dataset = _HostSlice(dataset, config.eval_batch_size, index, count)
@@ -143,9 +148,16 @@ def num_examples(config: ml_collections.ConfigDict, split: str) -> int:
   return len(_open(config, split).records)
 
 
-def class_names(config: ml_collections.ConfigDict) -> list[str] | None:
-  """Name of each label, or None; errors as in `train_batches`."""
-  names = _open(config, config.data.train_split).class_names
+def class_names(
+  config: ml_collections.ConfigDict, split: str | None = None
+) -> list[str] | None:
+  """Name of each label, or None; errors as in `train_batches`.
+
+  Args:
+    config: The run's configuration.
+    split: Of which split; None means the training split.
+  """
+  names = _open(config, split or config.data.train_split).class_names
   return None if names is None else list(names)
 
 
@@ -170,7 +182,9 @@ def why_unreadable(
 
 
 def _open(config: ml_collections.ConfigDict, split: str) -> records.Split:
-  return registry.open_split(config.data.name, split, config.data.dir)
+  data = config.data
+  where = data.folder if data.name == "folder" else data.dir
+  return registry.open_split(data.name, split, where)
 
 
 def _steps_per_epoch(config: ml_collections.ConfigDict, count: int) -> int:
@@ -191,12 +205,58 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
 
 def _augment(config: ml_collections.ConfigDict) -> "_Augment":
   data = config.data
+  interpolations = tuple(augment.INTERPOLATIONS.values())
+  if data.crop_interpolation != "random":
+    interpolations = (augment.INTERPOLATIONS[data.crop_interpolation],)
+  randaugment = None
+  if data.randaugment:
+    randaugment = augment.parse(data.randaugment, interpolations)
   return _Augment(
     size=data.image_size,
     area=tuple(data.crop_area),
     ratio=tuple(data.crop_ratio),
     flip=data.flip,
+    interpolations=interpolations,
+    randaugment=randaugment,
+    color_jitter=data.color_jitter,
+    erase_probability=data.erase_probability,
+    mean=tuple(data.mean),
+    std=tuple(data.std),
   )
+
+
+class _Repeated(grain.MapDataset):
+  """Each image several times in a row, augmented anew: repeated augmentation.
+
+  (arXiv:1901.09335, as in DeiT.) An epoch has as many images as without, so it
+  sees a share of the data. The copies of an image go to different groups of
+  mixup, which would mix it with itself: in the official code, to other GPUs.
+  """
+
+  _MUTATES_ELEMENT_SPEC = False
+
+  def __init__(
+    self, parent: grain.MapDataset, config: ml_collections.ConfigDict
+  ):
+    super().__init__(parent)
+    self._repeats = config.data.repeats
+    self._batch_size = config.batch_size
+    self._groups = config.batch_size // (
+      config.mixup.group_size or config.batch_size
+    )
+
+  def __len__(self) -> int:
+    return len(self._parent)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    epoch, position = divmod(index, len(self))
+    batch, position = divmod(position, self._batch_size)
+    # Copies are neighbours in the order of (place in the group, group).
+    group, place = divmod(position, self._batch_size // self._groups)
+    drawn = batch * self._batch_size + place * self._groups + group
+    return self._parent[epoch * len(self) + drawn // self._repeats]
 
 
 class _TrainSource:
@@ -242,19 +302,45 @@ def _decode(source: records.Records, index: int) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class _Augment:
-  """Random-resized-crop and flip."""
+  """The augmentation of one image, in timm's order."""
 
   size: int
   area: tuple[float, float]
   ratio: tuple[float, float]
   flip: bool
+  interpolations: tuple[int, ...]
+  randaugment: augment.RandAugment | None
+  color_jitter: float
+  erase_probability: float
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
 
   def __call__(self, element: dict, rng: np.random.Generator) -> dict:
+    which = 0
+    if len(self.interpolations) > 1:
+      which = rng.integers(len(self.interpolations))
     image = transforms.random_resized_crop(
-      element["image"], rng, size=self.size, area=self.area, ratio=self.ratio
+      element["image"],
+      rng,
+      size=self.size,
+      area=self.area,
+      ratio=self.ratio,
+      enlarge=self.interpolations[which],
     )
     if self.flip:
       image = transforms.random_flip(image, rng)
+    if self.randaugment is not None:
+      image = self.randaugment(image, rng)
+    elif self.color_jitter:
+      image = augment.color_jitter(image, self.color_jitter, rng)
+    if self.erase_probability:
+      image = augment.random_erase(
+        image,
+        rng,
+        probability=self.erase_probability,
+        mean=self.mean,
+        std=self.std,
+      )
     return element | {"image": image}
 
 
@@ -268,11 +354,13 @@ class _EvalSource:
     multiple: int,
     size: int,
     crop_fraction: float,
+    crop_mode: variants.CropMode,
   ):
     self._records = source
     self._length = -(-len(source) // multiple) * multiple
     self._size = size
     self._crop_fraction = crop_fraction
+    self._crop_mode: variants.CropMode = crop_mode
 
   def __len__(self) -> int:
     return self._length
@@ -297,7 +385,10 @@ class _EvalSource:
     except Exception:  # As in `_try_decode`.
       return None
     image = preprocessing.resize_and_crop(
-      image, size=self._size, crop_fraction=self._crop_fraction
+      image,
+      size=self._size,
+      crop_fraction=self._crop_fraction,
+      crop_mode=self._crop_mode,
     )
     return {"image": np.asarray(image), "label": np.int32(record["label"])}
 

@@ -21,6 +21,7 @@ from experiments.imagenet import (
   steps,
 )
 import vimjax
+from vimjax import optional, registry
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -96,6 +97,49 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "'model' or 'ema'",
         c.eval_weights in ("model", "ema"),
       ),
+      (
+        "accumulation_steps",
+        c.accumulation_steps,
+        "positive, and dividing the batch into parts for all devices",
+        c.accumulation_steps > 0
+        and c.batch_size % (devices * c.accumulation_steps) == 0,
+      ),
+      (
+        "mixup.group_size",
+        c.mixup.group_size,
+        "even and a divisor of batch_size, or 0",
+        not c.mixup.group_size
+        or (
+          c.mixup.group_size > 0
+          and c.mixup.group_size % 2 == 0
+          and c.batch_size % c.mixup.group_size == 0
+        ),
+      ),
+      (
+        "mesa.weight",
+        c.mesa.weight,
+        "0, or positive with an average (ema_decay)",
+        c.mesa.weight == 0 or (c.mesa.weight > 0 and c.ema_decay > 0),
+      ),
+      (
+        "non_finite",
+        c.non_finite,
+        "'stop' or 'skip'",
+        c.non_finite in ("stop", "skip"),
+      ),
+      (
+        "init_weights",
+        c.init_weights,
+        "'model' or 'ema'",
+        c.init_weights in ("model", "ema"),
+      ),
+      ("data.repeats", c.data.repeats, "positive", c.data.repeats > 0),
+      (
+        "data.crop_interpolation",
+        c.data.crop_interpolation,
+        "'bicubic', 'bilinear' or 'random'",
+        c.data.crop_interpolation in ("bicubic", "bilinear", "random"),
+      ),
       ("data.mean", c.data.mean, "three numbers", len(c.data.mean) == 3),
       ("data.std", c.data.std, "three numbers", len(c.data.std) == 3),
       ("data.valid_split", c.data.valid_split, "given", c.data.valid_split),
@@ -119,8 +163,36 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     )
     if not holds
   ]
+  if c.checkpoint.export:
+    try:
+      optional.require("safetensors", extra="weights")
+    except ModuleNotFoundError as error:
+      problems.append(f"config.checkpoint.export=True: {error}")
   if problems:
     raise errors.ConfigError("\n".join(problems))
+
+
+def fill_in(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of `config` with the number of classes, where that is the data's.
+
+  Raises:
+    errors.ConfigError: The data has no names of classes.
+    records.DataError: The data is missing or damaged.
+  """
+  config = config.copy_and_resolve_references()
+  if config.model.overrides.num_classes:
+    return config
+  try:
+    names = input_pipeline.class_names(config)
+  except ValueError as error:
+    raise errors.ConfigError(str(error)) from error
+  if names is None:
+    raise errors.ConfigError(
+      f"config.model.overrides.num_classes=0: {config.data.name!r} does not "
+      "say how many classes it has; give the number."
+    )
+  config.model.overrides.num_classes = len(names)
+  return config
 
 
 def make_model(config: ml_collections.ConfigDict) -> nn.Module:
@@ -137,7 +209,9 @@ def make_model(config: ml_collections.ConfigDict) -> nn.Module:
     ValueError: There is no such model, or a value does not fit.
   """
   fields = {k: v for k, v in config.model.overrides.items() if v is not None}
-  fields.setdefault("image_size", config.data.image_size)
+  module = vimjax.get_variant(config.model.name).module
+  if "image_size" in registry.field_names(module):
+    fields.setdefault("image_size", config.data.image_size)
   fields["dtype"] = DTYPES[fields["dtype"]]
   return vimjax.create_model(config.model.name, **fields)
 
@@ -157,10 +231,9 @@ class Run:
   checkpoints: checkpoints.Checkpoints
   interrupt: interrupts.Interrupt
 
-  def eval_params(self, state: steps.State) -> Any:
-    """The parameters that `config.eval_weights` chooses."""
-    average = self.config.eval_weights == "ema"
-    return state.ema_params if average else state.params
+  def eval_variables(self, state: steps.State) -> dict[str, Any]:
+    """The variables that `config.eval_weights` chooses."""
+    return state.variables(self.config.eval_weights)
 
 
 def prepare(
@@ -209,7 +282,9 @@ def prepare(
     plan=plan,
     model=model,
     tx=tx,
-    train_step=steps.make_train_step(model, tx, schedule, config, mesh),
+    train_step=steps.make_train_step(
+      model, tx, schedule, config, mesh, total_steps=plan.total_steps
+    ),
     eval_step=steps.make_eval_step(model, config, mesh),
     checkpoints=saved,
     interrupt=interrupt,

@@ -1,11 +1,13 @@
 """The working directory of a run: one process, one configuration, one result.
 
 WORKDIR/
-  config.json      the resolved configuration, versions, and later changes
+  config.json      the resolved configuration, versions, git revision, where
+                   initial weights are from, and later changes
   checkpoints/     see `checkpoints.py`
   metrics.jsonl    one line per logged step and split
   tensorboard/     the same numbers
   result.json      written once, when the run is finished
+  weights.safetensors  the best weights, if asked for
   *.png            learning curves and predictions, if asked for
 """
 
@@ -17,6 +19,7 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 from typing import Any
 
 from absl import logging
@@ -32,7 +35,11 @@ FIXED = (
   "batch_size",
   "data.name",
   "data.train_split",
+  "data.folder",
+  "data.repeats",
   "ema_decay",
+  "init_from",
+  "init_weights",
   "model",
   "optimizer.name",
   "seed",
@@ -177,6 +184,7 @@ def record_config(
   *,
   step: int,
   changed: Mapping[str, tuple[Any, Any]],
+  initial: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes config.json, and logs and keeps what has changed.
 
@@ -185,12 +193,15 @@ def record_config(
     config: The configuration now.
     step: The step from which on it holds.
     changed: From `compare_config`.
+    initial: What is known of a new run's initial weights.
   """
   path = folder / "config.json"
   recorded = read_json(path)
   if jax.process_index() or (recorded is not None and not changed):
     return
   changes = recorded["changes"] if recorded is not None else []
+  if recorded is not None:
+    initial = recorded.get("initial_weights")
   for name, (then, now) in changed.items():
     logging.warning("config.%s changed from %r to %r", name, then, now)
     changes.append({"step": step, "field": name, "from": then, "to": now})
@@ -199,6 +210,8 @@ def record_config(
     {
       "config": config.to_dict(),
       "changes": changes,
+      "initial_weights": initial,
+      "git_revision": _git_revision(),
       "versions": {
         "python": platform.python_version(),
         "vimjax": version.__version__,
@@ -207,6 +220,27 @@ def record_config(
       "devices": [f"{jax.device_count()} x {jax.devices()[0].device_kind}"],
     },
   )
+
+
+def _git_revision() -> str | None:
+  """The commit of this code, with "+" if files differ; None without git."""
+  folder = pathlib.Path(__file__).parent
+  try:
+    revision, changes = (
+      subprocess.run(
+        ["git", "-C", str(folder), *command],
+        capture_output=True,
+        text=True,
+        check=True,
+      ).stdout.strip()
+      for command in (
+        ("rev-parse", "HEAD"),
+        ("status", "--porcelain", "--untracked-files=no"),
+      )
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return revision + ("+" if changes else "")
 
 
 def discard_result(folder: pathlib.Path) -> None:

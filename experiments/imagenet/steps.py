@@ -12,15 +12,17 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt32
 import ml_collections
 import numpy as np
 import optax
 
-from experiments.imagenet import optimizer
+from experiments.imagenet import mixing, optimizer
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+# What the key of mixing is folded with, apart from the numbers of the parts.
+_MIX = 2**31
 
 
 @struct.dataclass
@@ -33,6 +35,9 @@ class State:
     opt_state: The optimiser's state.
     ema_params: Running average of `params`, or None.
     rng: Raw key that every step's randomness is derived from.
+    batch_stats: Running statistics of batch norms, or None without any.
+    ema_batch_stats: Their running average; as in timm, it follows the same
+      rule as that of the parameters. None without batch norms or average.
   """
 
   step: Int[Array, ""]
@@ -40,6 +45,21 @@ class State:
   opt_state: Any
   ema_params: Any
   rng: UInt32[Array, "2"]
+  batch_stats: Any = None
+  ema_batch_stats: Any = None
+
+  def variables(self, weights: str = "model") -> dict[str, Any]:
+    """What `model.apply` takes, of the "model" or of its average, "ema"."""
+    params, stats = self.params, self.batch_stats
+    if weights == "ema":
+      params, stats = self.ema_params, self.ema_batch_stats
+    return _variables(params, stats)
+
+
+def _variables(params: Any, batch_stats: Any) -> dict[str, Any]:
+  if batch_stats is None:
+    return {"params": params}
+  return {"params": params, "batch_stats": batch_stats}
 
 
 def make_mesh() -> jax.sharding.Mesh:
@@ -97,6 +117,30 @@ def make_state(
   return init()
 
 
+def with_variables(
+  state: State, variables: Any, mesh: jax.sharding.Mesh
+) -> State:
+  """A new run's state with other initial variables, the averages' too.
+
+  Args:
+    state: From `make_state`.
+    variables: On the host, of the model's shapes.
+    mesh: From `make_mesh`.
+  """
+
+  def put() -> tuple[Any, Any]:
+    # Anew for the average: a training step consumes its arrays.
+    placed = jax.device_put(variables, replicated(mesh))
+    return placed["params"], placed.get("batch_stats")
+
+  params, stats = put()
+  state = dataclasses.replace(state, params=params, batch_stats=stats)
+  if state.ema_params is None:
+    return state
+  params, stats = put()
+  return dataclasses.replace(state, ema_params=params, ema_batch_stats=stats)
+
+
 def _init(
   model: nn.Module,
   tx: optax.GradientTransformation,
@@ -104,14 +148,19 @@ def _init(
 ) -> State:
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
   size = config.data.image_size
-  params = model.init(init_key, jnp.zeros((1, size, size, 3)))["params"]
-  ema = jax.tree.map(jnp.array, params) if config.ema_decay else None
+  variables = model.init(init_key, jnp.zeros((1, size, size, 3)))
+  params, stats = variables["params"], variables.get("batch_stats")
+  average = (None, None)
+  if config.ema_decay:
+    average = jax.tree.map(jnp.array, (params, stats))
   return State(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=tx.init(params),
-    ema_params=ema,
+    ema_params=average[0],
     rng=jax.random.key_data(run_key),
+    batch_stats=stats,
+    ema_batch_stats=average[1],
   )
 
 
@@ -123,15 +172,22 @@ def _normalise(
   return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def _losses(
-  logits: Float[Array, "b k"], labels: Int[Array, "b"], smoothing: float
+def _cross_entropy(
+  logits: Float[Array, "b k"], targets: Float[Array, "b k"]
 ) -> Float[Array, "b"]:
   # float32: the log of a sum over 1000 classes is too much for bfloat16.
-  logits = logits.astype(jnp.float32)
-  targets = jax.nn.one_hot(labels, logits.shape[-1])
-  return optax.softmax_cross_entropy(
-    logits, optax.smooth_labels(targets, smoothing)
-  )
+  return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+
+
+def distillation(
+  student: Float[Array, "b k"],
+  teacher: Float[Array, "b k"],
+  temperature: float,
+) -> Float[Array, ""]:
+  """Mean of KL(teacher || student) of logits divided by a temperature."""
+  log_s = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+  log_t = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+  return (jnp.exp(log_t) * (log_t - log_s)).sum(-1).mean()
 
 
 def make_train_step(
@@ -140,8 +196,16 @@ def make_train_step(
   schedule: optimizer.Schedule,
   config: ml_collections.ConfigDict,
   mesh: jax.sharding.Mesh,
+  *,
+  total_steps: int = 0,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """Compiles one step of training.
+
+  With `config.accumulation_steps` the batch is worked through in as many parts,
+  whose mean gradient makes one step: the same as at once but for rounding and
+  the noise of drop path. Batch norms see a part at a time, each part continuing
+  the running statistics of the one before. On several devices a part is spread
+  over all of them, and its statistics are of the whole part.
 
   Args:
     model: Maps normalised images to logits.
@@ -149,35 +213,86 @@ def make_train_step(
     schedule: From `optimizer.make_schedule`; reported, not applied, here.
     config: The run's configuration.
     mesh: From `make_mesh`.
+    total_steps: Of the run; `config.mesa.start` is a share of them.
 
   Returns:
     A function from the state, which it consumes, and a batch on the devices
-    to the next state and the step's numbers: `loss` (label smoothing
-    included), `accuracy`, `grad_norm` (before clipping), `update_norm`, `lr`
-    and `finite`, which is false as soon as any of them is not a number.
+    to the next state and the step's numbers: `loss` (label smoothing and
+    distillation included), `accuracy` (the class with the largest share of a
+    mixed image counts as right), `grad_norm` (before clipping), `update_norm`,
+    `lr` and `finite`, which is false as soon as any of them is not a number.
   """
+  mesa = config.mesa
 
-  def loss_fn(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
-    logits: Any = model.apply(
-      {"params": params},
-      _normalise(batch["image"], config),
-      train=True,
-      rngs={"drop_path": key},
+  def loss_fn(
+    params: Any, batch_stats: Any, state: State, part: Any, key: jax.Array
+  ) -> tuple[Any, Any]:
+    images, targets = part
+    logits, batch_stats = _forward(model, params, batch_stats, images, key)
+    loss = _cross_entropy(logits, targets).mean()
+
+    def divergence() -> jax.Array:
+      # The average only watches: no batch statistics, no gradient.
+      teacher: Any = model.apply(state.variables("ema"), images)
+      teacher = jax.lax.stop_gradient(teacher)
+      return distillation(logits, teacher, mesa.temperature)
+
+    if mesa.weight:
+      begun = state.step >= round(mesa.start * total_steps)
+      loss += (mesa.factor * mesa.weight) * jax.lax.cond(
+        begun, divergence, lambda: jnp.zeros(())
+      )
+    right = (logits.argmax(-1) == targets.argmax(-1)).mean()
+    return loss, (right, batch_stats)
+
+  def gradients(state: State, whole: Any, key: jax.Array) -> Any:
+    """Loss, share of right answers, batch statistics and gradients."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    k = config.accumulation_steps
+    if k == 1:
+      (loss, (right, stats)), grads = grad_fn(
+        state.params, state.batch_stats, state, whole, key
+      )
+      return loss, right, stats, grads
+
+    def body(carry: Any, inputs: Any) -> tuple[Any, None]:
+      sums, stats = carry
+      part, i = inputs
+      (loss, (right, stats)), grads = grad_fn(
+        state.params, stats, state, part, jax.random.fold_in(key, i)
+      )
+      return (jax.tree.map(jnp.add, sums, (loss, right, grads)), stats), None
+
+    none = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = (jnp.zeros(()), jnp.zeros(()), none)
+    parts = jax.tree.map(lambda x: _parts(x, k, mesh), whole)
+    (sums, stats), _ = jax.lax.scan(
+      body, (zeros, state.batch_stats), (parts, jnp.arange(k))
     )
-    losses = _losses(logits, batch["label"], config.label_smoothing)
-    return losses.mean(), (logits.argmax(-1) == batch["label"]).mean()
+    loss, right, grads = jax.tree.map(lambda x: x / k, sums)
+    return loss, right, stats, grads
 
   def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
     # Folding in the step, not splitting: a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, batch, key
+    images = _normalise(batch["image"], config)
+    targets = mixing.soft_labels(
+      batch["label"],
+      config.model.overrides.num_classes,
+      config.label_smoothing,
     )
+    if mixing.is_on(config):
+      images, targets = mixing.mix(
+        images, targets, jax.random.fold_in(key, _MIX), config
+      )
+    loss, accuracy, stats, grads = gradients(state, (images, targets), key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema_params
-    if ema is not None:
-      ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+    average: Any = (state.ema_params, state.ema_batch_stats)
+    if config.ema_decay:
+      average = optax.incremental_update(
+        (params, stats), average, 1 - config.ema_decay
+      )
     metrics = {
       "loss": loss,
       "accuracy": accuracy,
@@ -188,16 +303,44 @@ def make_train_step(
       "lr": schedule(state.step),
     }
     metrics["finite"] = jnp.isfinite(sum(metrics.values()))
-    state = dataclasses.replace(
+    new = dataclasses.replace(
       state,
-      step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      ema_params=ema,
+      ema_params=average[0],
+      batch_stats=stats,
+      ema_batch_stats=average[1],
     )
-    return state, metrics
+    if config.non_finite == "skip":
+      new = jax.tree.map(
+        lambda x, old: jnp.where(metrics["finite"], x, old), new, state
+      )
+    return dataclasses.replace(new, step=state.step + 1), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
+
+
+def _forward(
+  model: nn.Module, params: Any, batch_stats: Any, images: Any, key: jax.Array
+) -> tuple[Any, Any]:
+  """Logits of a training step, and the new batch statistics, if any."""
+  rngs = {"drop_path": key}
+  variables = _variables(params, batch_stats)
+  if batch_stats is None:
+    return model.apply(variables, images, train=True, rngs=rngs), None
+  out: Any = model.apply(
+    variables, images, train=True, rngs=rngs, mutable=["batch_stats"]
+  )
+  return out[0], out[1]["batch_stats"]
+
+
+def _parts(
+  x: Shaped[Array, "b ..."], k: int, mesh: jax.sharding.Mesh
+) -> Shaped[Array, "k m ..."]:
+  """Deals a batch out to k parts in turn, so that nothing changes device."""
+  x = x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1)
+  placement = NamedSharding(mesh, PartitionSpec(None, "data"))
+  return jax.lax.with_sharding_constraint(x, placement)
 
 
 def make_eval_step(
@@ -213,21 +356,25 @@ def make_eval_step(
     mesh: From `make_mesh`.
 
   Returns:
-    A function from parameters and a batch with a `mask` to sums over the
-    images that the mask keeps: `loss` (without label smoothing), `correct`,
-    `count`; and `predicted` (b,), the class chosen for every image.
+    A function from variables and a batch with a `mask` to sums over the images
+    that the mask keeps: `loss` (without label smoothing), `correct`, `correct5`
+    (the label is among the five highest logits), `count`; and `predicted` (b,),
+    the class chosen for every image.
   """
 
-  def eval_step(params: Any, batch: Batch) -> Metrics:
-    logits: Any = model.apply(
-      {"params": params}, _normalise(batch["image"], config)
-    )
-    mask = batch["mask"]
+  def eval_step(variables: Any, batch: Batch) -> Metrics:
+    logits: Any = model.apply(variables, _normalise(batch["image"], config))
+    mask, labels = batch["mask"], batch["label"]
     predicted = logits.argmax(-1)
-    losses = _losses(logits, batch["label"], 0.0)
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+    losses = _cross_entropy(logits, one_hot)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # Not "logits > own": a NaN must count as higher.
+    higher = (~(logits <= own)).sum(-1)
     return {
       "loss": jnp.where(mask, losses, 0.0).sum(),
-      "correct": ((predicted == batch["label"]) & mask).sum(),
+      "correct": ((predicted == labels) & mask).sum(),
+      "correct5": ((higher < 5) & mask).sum(),
       "count": mask.sum(),
       "predicted": predicted,
     }
@@ -237,31 +384,32 @@ def make_eval_step(
 
 def evaluate(
   eval_step: Callable[[Any, Batch], Metrics],
-  params: Any,
+  variables: Any,
   batches: Iterator[Batch],
 ) -> dict[str, float]:
   """Means over all images of `batches`, each counted once.
 
   Args:
     eval_step: From `make_eval_step`.
-    params: The model's parameters.
-    batches: From `put_batches`.
+    variables: From `State.variables`.
+    batches: From `put_batch`.
 
   Returns:
-    `loss`, `accuracy` and `examples`.
+    `loss`, `accuracy`, `top5_accuracy` and `examples`.
 
   Raises:
     ValueError: There was no image at all.
   """
-  sums = {"loss": 0.0, "correct": 0, "count": 0}
+  sums = {"loss": 0.0, "correct": 0, "correct5": 0, "count": 0}
   for batch in batches:
-    out = jax.device_get(eval_step(params, batch))
+    out = jax.device_get(eval_step(variables, batch))
     sums = {name: sums[name] + out[name].item() for name in sums}
   if not sums["count"]:
     raise ValueError("evaluate: no readable image in the split.")
   return {
     "loss": sums["loss"] / sums["count"],
     "accuracy": sums["correct"] / sums["count"],
+    "top5_accuracy": sums["correct5"] / sums["count"],
     "examples": sums["count"],
   }
 

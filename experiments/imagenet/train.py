@@ -29,8 +29,12 @@ from experiments.imagenet import (
   steps,
 )
 from experiments.imagenet import corrupt as corrupt_lib
+from experiments.imagenet import initial as initial_lib
 from experiments.imagenet import run as run_lib
+import vimjax
 
+# The best weights, where `config.checkpoint.export` asks for them.
+WEIGHTS = "weights.safetensors"
 # Steps that may be under way before the numbers of an earlier one are read:
 # enough to keep the device busy, few enough to stop soon after a bad step.
 _STEPS_IN_FLIGHT = 2
@@ -55,6 +59,7 @@ def train_and_evaluate(
     OSError: A file cannot be read or written.
   """
   run_lib.check_config(config)
+  config = run_lib.fill_in(config)
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(rundir.claim(workdir))
     changed = rundir.compare_config(folder, config)
@@ -70,8 +75,10 @@ def train_and_evaluate(
     mesh = steps.make_mesh()
     stack.enter_context(jax.set_mesh(mesh))
     run = run_lib.prepare(config, folder, mesh, saved, interrupt)
-    state, record = start(run)
-    rundir.record_config(folder, config, step=record.step, changed=changed)
+    state, record, initial = start(run)
+    rundir.record_config(
+      folder, config, step=record.step, changed=changed, initial=initial
+    )
     # From an earlier configuration: if this one is cut off, it has no result.
     rundir.discard_result(folder)
     state, record = train(run, state, record)
@@ -80,25 +87,53 @@ def train_and_evaluate(
     return result
 
 
-def start(run: run_lib.Run) -> tuple[steps.State, checkpoints.Record]:
-  """The state to go on from: the newest sound checkpoint, or a new one."""
+def start(
+  run: run_lib.Run,
+) -> tuple[steps.State, checkpoints.Record, dict[str, Any] | None]:
+  """The state to go on from: the newest sound checkpoint, or a new one.
+
+  Returns:
+    The state, its record and, for a new one that starts from weights, where
+    these are from.
+
+  Raises:
+    errors.ConflictError: The training data has grown or shrunk since.
+  """
+  data = run.config.data
+  examples = input_pipeline.num_examples(run.config, data.train_split)
   shapes = steps.state_shapes(run.model, run.tx, run.config, run.mesh)
   total = run.plan.total_steps
   restored = run.checkpoints.restore(shapes)
   if restored is None:
     state = steps.make_state(run.model, run.tx, run.config, run.mesh)
+    initial = None
+    if run.config.init_from:
+      with jax.transfer_guard_host_to_device("allow"):
+        variables, initial = initial_lib.load(run.config, run.model)
+        state = steps.with_variables(state, variables, run.mesh)
+      metrics.say(
+        f"initial weights: {initial['path']} (licence: "
+        f"{initial['license'] or 'unknown'})"
+      )
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     metrics.say(
       f"new run in {run.folder}: {run.config.model.name}, {parameters:,} "
       f"parameters, {total} steps of {run.config.batch_size} images on "
       f"{jax.device_count()} device(s)"
     )
-    return state, checkpoints.Record()
+    return state, checkpoints.Record(examples=examples), initial
+  if restored[1].examples != examples:
+    raise errors.ConflictError(
+      f"{data.name!r} ({data.train_split}) had {restored[1].examples} images "
+      f"when {run.folder} was saved, and has {examples} now: the run would go "
+      "on with others than it began with. Restore the data, or choose another "
+      "--workdir."
+    )
   metrics.say(f"resumed {run.folder} from step {restored[1].step} of {total}")
-  return restored
+  return *restored, None
 
 
-class _Window:
+class Window:
   """Reads the numbers of the steps late, and logs their means.
 
   A mean is over the steps since the line before it, or since the start of
@@ -112,6 +147,14 @@ class _Window:
     progress: metrics.Progress,
     corrupt: corrupt_lib.Corrupt,
   ):
+    """Starts without numbers.
+
+    Args:
+      run: From `run.prepare`.
+      writer: Gets a line every `config.log.every_steps`.
+      progress: Shows the same numbers.
+      corrupt: Its count goes into the lines.
+    """
     self._run = run
     self._writer = writer
     self._progress = progress
@@ -119,25 +162,34 @@ class _Window:
     self._pending: collections.deque[tuple[int, steps.Metrics]]
     self._pending = collections.deque()
     self._values: list[dict[str, float]] = []
+    # Steps that were not finite: in a row, and since the last line.
+    self._in_a_row = 0
+    self._skipped = 0
 
   def add(self, step: int, values: steps.Metrics) -> None:
+    """Takes the numbers of a step, which may still be under way."""
     self._pending.append((step, values))
     while len(self._pending) > _STEPS_IN_FLIGHT:
       self._read(*self._pending.popleft())
 
   def drain(self) -> None:
+    """Reads what is left; raises NonFiniteError, as `add` may."""
     while self._pending:
       self._read(*self._pending.popleft())
 
   def _read(self, step: int, values: steps.Metrics) -> None:
     numbers = {k: v.item() for k, v in jax.device_get(values).items()}
-    if not numbers.pop("finite"):
-      raise _non_finite(self._run, step, numbers)
-    self._values.append(numbers)
+    if numbers.pop("finite"):
+      self._in_a_row = 0
+      self._values.append(numbers)
+    else:
+      self._skip(step, numbers)
     plan, every = self._run.plan, self._run.config.log.every_steps
     if step % every and step != plan.total_steps:
       return
     self._run.checkpoints.check()
+    if not self._values:
+      return
     means = {
       k: float(np.mean([v[k] for v in self._values])) for k in self._values[0]
     }
@@ -152,8 +204,19 @@ class _Window:
         **means,
         "images_per_second": self._progress.images_per_second,
         "corrupt": self._corrupt.count,
+        "skipped": self._skipped,
       },
     )
+    self._skipped = 0
+
+  def _skip(self, step: int, numbers: Mapping[str, float]) -> None:
+    """Takes note of a step that was not finite, or ends the run."""
+    self._in_a_row += 1
+    self._skipped += 1
+    config = self._run.config
+    if config.non_finite != "skip" or self._in_a_row > config.max_skipped_steps:
+      raise _non_finite(self._run, step, numbers)
+    logging.warning("Skipped step %d, which is not finite: %s", step, numbers)
 
 
 def _non_finite(
@@ -200,7 +263,7 @@ def train(
       progress_bar=config.log.progress_bar,
     )
     stack.callback(progress.close)
-    window = _Window(run, writer, progress, corrupt)
+    window = Window(run, writer, progress, corrupt)
 
     def validate() -> None:
       if not plan.evaluates(record.step):
@@ -255,7 +318,7 @@ def _validate(
 ) -> None:
   split = run.config.data.valid_split
   values = steps.evaluate(
-    run.eval_step, run.eval_params(state), _eval_batches(run, split, corrupt)
+    run.eval_step, run.eval_variables(state), _eval_batches(run, split, corrupt)
   )
   if run.interrupt.received:
     return
@@ -319,7 +382,7 @@ def finish(
   split = c.data.test_split or c.data.valid_split
   corrupt = corrupt_lib.Corrupt(c.data.max_corrupt, record.corrupt)
   values = steps.evaluate(
-    run.eval_step, run.eval_params(state), _eval_batches(run, split, corrupt)
+    run.eval_step, run.eval_variables(state), _eval_batches(run, split, corrupt)
   )
   _stop_if_interrupted(run, record.step)
   result = {
@@ -343,6 +406,13 @@ def finish(
       ),
     ]
   if not jax.process_index():
+    if c.checkpoint.export:
+      recorded = rundir.read_json(run.folder / "config.json") or {}
+      vimjax.save_variables(
+        run.folder / WEIGHTS,
+        run.eval_variables(state),
+        metadata=initial_lib.metadata(c, recorded.get("initial_weights")),
+      )
     rundir.write_json(run.folder / rundir.RESULT, result)
   return result
 
@@ -353,7 +423,7 @@ def _predict(
   """Image, label and prediction of the first batch of `split`."""
   batch = next(iter(input_pipeline.eval_batches(run.config, split)))
   out = run.eval_step(
-    run.eval_params(state), steps.put_batch(batch, run.config, run.mesh)
+    run.eval_variables(state), steps.put_batch(batch, run.config, run.mesh)
   )
   predicted = np.asarray(out["predicted"])
   return [

@@ -7,22 +7,24 @@ import sys
 import pytest
 
 from experiments import config_names
+from experiments.imagenet import recipes, rundir
 from experiments.imagenet import run as run_lib
-from experiments.imagenet import rundir
-from experiments.imagenet.configs import _base, digits, vim_small, vim_tiny
+from experiments.imagenet.configs import _base, _recipe, digits
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _FOLDER = _ROOT / "experiments" / "imagenet" / "configs"
+_RECIPE = _FOLDER / "_recipe.py"
 
 
 class TestNames:
   @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-      (["--config", "vim_tiny"], ["--config", f"{_FOLDER}/vim_tiny.py"]),
-      (["--config=vim_tiny"], [f"--config={_FOLDER}/vim_tiny.py"]),
-      (["-config=vim_tiny"], [f"-config={_FOLDER}/vim_tiny.py"]),
-      (["--config=vim_tiny:smoke"], [f"--config={_FOLDER}/vim_tiny.py:smoke"]),
+      (["--config", "vim_tiny"], ["--config", f"{_RECIPE}:vim_tiny"]),
+      (["--config=vim_tiny"], [f"--config={_RECIPE}:vim_tiny"]),
+      (["-config=vim_tiny"], [f"-config={_RECIPE}:vim_tiny"]),
+      (["--config=vim_tiny:smoke"], [f"--config={_RECIPE}:vim_tiny:smoke"]),
+      (["--config=digits"], [f"--config={_FOLDER}/digits.py"]),
       ([f"--config={__file__}:x"], [f"--config={__file__}:x"]),
       (["--config.seed=vim_tiny"], ["--config.seed=vim_tiny"]),
       (["--workdir", "d", "--config"], ["--workdir", "d", "--config"]),
@@ -45,31 +47,20 @@ class TestNames:
     with pytest.raises(config_names.UnknownConfigError) as error:
       config_names.resolve(["prog", f"--config={name}"], _FOLDER)
     assert hint in str(error.value)
-    assert "digits, vim_small, vim_tiny" in str(error.value)
+    for known in ("digits", "vim_tiny", "vmamba_tiny_s1l8", "deit_base"):
+      assert f" {known}," in str(error.value)
 
 
 class TestFiles:
-  @pytest.mark.parametrize("config", [vim_tiny, vim_small])
-  @pytest.mark.parametrize("argument", ["", "smoke"])
-  def test_a_config_changes_values_and_adds_no_field(self, config, argument):
-    c = config.get_config(argument)
+  @pytest.mark.parametrize("argument", ["", ":smoke"])
+  @pytest.mark.parametrize("name", recipes.RECIPES)
+  def test_a_recipe_changes_values_and_adds_no_field(self, name, argument):
+    c = _recipe.get_config(name + argument)
     base = _base.get_config()
     assert (
       rundir.flatten(c.to_dict()).keys()
       == rundir.flatten(base.to_dict()).keys()
     )
-
-  def test_the_recipes_are_the_papers(self):
-    tiny, small = vim_tiny.get_config(), vim_small.get_config()
-    # (batch, rate, decay, drop path) of pt-vim-t.sh and pt-vim-s.sh.
-    assert _recipe(tiny) == (1024, 1e-3, 0.1, None)
-    assert _recipe(small) == (512, 1e-3, 0.05, 0.05)
-    for c in (tiny, small):
-      assert (c.epochs, c.optimizer.warmup_epochs) == (300, 5)
-      assert (c.optimizer.warmup_lr, c.optimizer.final_lr) == (1e-6, 1e-5)
-      assert (c.label_smoothing, c.ema_decay) == (0.1, 0.99996)
-      assert c.optimizer.clip_norm == 0
-      assert c.eval_weights == "model"
 
   def test_digits_never_mirrors_and_keeps_test_images_for_the_end(self):
     c = digits.get_config()
@@ -79,23 +70,14 @@ class TestFiles:
 
   def test_a_wrong_argument_is_answered_with_the_nearest(self):
     with pytest.raises(ValueError, match="Did you mean 'smoke'"):
-      vim_tiny.get_config("smok")
+      _recipe.get_config("vim_tiny:smok")
 
   def test_the_models_have_the_papers_sizes(self):
-    model = run_lib.make_model(vim_small.get_config())
+    model = run_lib.make_model(_recipe.get_config("vim_small"))
     assert (model.embed_dim, model.depth, model.image_size) == (384, 24, 224)
     assert model.drop_path_rate == 0.05
-    smoke = run_lib.make_model(vim_tiny.get_config("smoke"))
+    smoke = run_lib.make_model(_recipe.get_config("vim_tiny:smoke"))
     assert (smoke.embed_dim, smoke.depth, smoke.image_size) == (192, 2, 64)
-
-
-def _recipe(c):
-  return (
-    c.batch_size,
-    c.optimizer.peak_lr,
-    c.optimizer.weight_decay,
-    c.model.overrides.drop_path_rate,
-  )
 
 
 class TestCommandLine:
@@ -158,7 +140,8 @@ class TestCommandLine:
   def test_help_lists_configurations_and_exit_codes(self, job):
     code, out, _ = job.run(None, config=["--help"])
     assert code == 0
-    assert "digits, vim_small, vim_tiny" in out
+    assert " digits, " in out
+    assert " mambavision_tiny, " in out
     assert "75  interrupted" in out
 
   def test_a_missing_package_names_the_extra(self, job):

@@ -365,8 +365,14 @@ def test_missing_data_says_how_to_get_it(job, tmp_path):
   assert "Traceback" not in err
 
 
-def test_losses_of_the_uninterrupted_run_fall(whole):
-  lines = [x for x in job_lib.metrics(whole) if x["split"] == "train"]
-  losses = np.array([x["loss"] for x in lines])
+def test_the_uninterrupted_run_learns(whole):
+  train, valid = (
+    [x for x in job_lib.metrics(whole) if x["split"] == split]
+    for split in ("train", "valid")
+  )
+  losses = np.array([x["loss"] for x in train])
   assert np.isfinite(losses).all()
-  assert losses[-5:].mean() < losses[:5].mean() - 0.3
+  assert losses[-5:].mean() < losses[:5].mean()
+  # Augmentation keeps the training loss up; these images are as they are.
+  assert valid[-1]["loss"] < valid[0]["loss"] - 0.2
+  assert valid[-1]["accuracy"] > 0.4  # Ten classes.

@@ -7,6 +7,7 @@ import select
 import sys
 import termios
 import time
+import types
 
 import chex
 from flax import linen as nn
@@ -18,9 +19,16 @@ import pytest
 from tensorboardX import proto
 
 from experiments.imagenet import corrupt as corrupt_lib
-from experiments.imagenet import errors, metrics, optimizer, rundir, steps
+from experiments.imagenet import (
+  errors,
+  metrics,
+  optimizer,
+  rundir,
+  steps,
+  train,
+)
 from experiments.imagenet import run as run_lib
-from experiments.imagenet.configs import vim_tiny
+from experiments.imagenet.configs import _base
 
 _SIZE, _CLASSES = 8, 4
 
@@ -39,7 +47,8 @@ class _Linear(nn.Module):
 
 
 def _config(**changes):
-  c = vim_tiny.get_config("smoke")
+  c = _base.get_config()
+  _base.smoke(c)
   c.data.image_size = _SIZE
   c.model.overrides.num_classes = _CLASSES
   c.optimizer.schedule = "constant"
@@ -242,13 +251,13 @@ class TestEvaluation:
         one = {k: v[i : i + 1].repeat(8, 0) for k, v in batch.items()}
         with jax.set_mesh(mesh):
           on_device = steps.put_batch(one, config, mesh)
-          out = jax.device_get(eval_step(state.params, on_device))
+          out = jax.device_get(eval_step(state.variables(), on_device))
         assert out["count"] == 8
         want.append((out["loss"] / 8, out["correct"] / 8))
     with jax.set_mesh(mesh):
       got = steps.evaluate(
         eval_step,
-        state.params,
+        state.variables(),
         (steps.put_batch(batch, config, mesh) for batch in batches),
       )
     assert got["examples"] == 21
@@ -258,7 +267,7 @@ class TestEvaluation:
 
   def test_a_split_without_readable_images_is_an_error(self):
     with pytest.raises(ValueError, match="no readable image"):
-      steps.evaluate(lambda params, batch: {}, {}, iter(()))
+      steps.evaluate(lambda variables, batch: {}, {}, iter(()))
 
 
 class TestWrongBatches:
@@ -292,6 +301,10 @@ class TestConfigChecks:
       ("epochs", 0.0, "epochs=0.0 must be positive"),
       ("ema_decay", 1.0, "ema_decay=1.0"),
       ("eval_weights", "best", "'model' or 'ema'"),
+      ("non_finite", "ignore", "'stop' or 'skip'"),
+      ("accumulation_steps", 3, "accumulation_steps=3 must be positive, and"),
+      ("mixup.group_size", 6, "even and a divisor of batch_size"),
+      ("mesa.weight", -1.0, "mesa.weight=-1.0"),
       ("data.valid_split", "", "data.valid_split='' must be given"),
       ("model.overrides.dtype", "float64", "one of ['bfloat16', 'float32']"),
       ("log.every_steps", 0, "every_steps=0 must be >= 1"),
@@ -402,6 +415,63 @@ class TestMetrics:
     ]
     restarts = [e.step for e in events if e.HasField("session_log")]
     assert restarts == [3]
+
+
+class _Lines:
+  """Stands for the writer and the progress bar."""
+
+  images_per_second = 0.0
+
+  def __init__(self):
+    self.lines = []
+
+  def write(self, step, split, values):
+    self.lines.append((step, values))
+
+  def update(self, step, values):
+    pass
+
+  def check(self):
+    pass
+
+  def saved_steps(self):
+    return [1]
+
+
+class TestNonFiniteSteps:
+  def _read(self, finite, **changes):
+    """The lines of a log every two steps, of steps that are finite or not."""
+    lines = _Lines()
+    config = _config(**{"log.every_steps": 2, **changes})
+    run = types.SimpleNamespace(
+      config=config, plan=run_lib.Plan(10, 10, 10, 10), checkpoints=lines
+    )
+    corrupt = corrupt_lib.Corrupt(0, {})
+    window = train.Window(run, lines, lines, corrupt)
+    for step, good in enumerate(finite, start=1):
+      numbers = {"loss": step if good else np.nan, "lr": 0.1, "finite": good}
+      window.add(step, {k: np.asarray(v) for k, v in numbers.items()})
+    window.drain()
+    return lines.lines
+
+  def test_they_end_the_run(self):
+    with pytest.raises(errors.NonFiniteError, match="Step 2 is not finite"):
+      self._read([True, False, True])
+
+  def test_or_are_counted_and_left_out_of_the_means(self):
+    lines = self._read(
+      [True, False] + 2 * [False] + 2 * [True], non_finite="skip"
+    )
+    assert [(step, x["loss"], x["skipped"]) for step, x in lines] == [
+      (2, 1.0, 1),
+      (6, 5.5, 2),
+    ]
+
+  def test_too_many_in_a_row_end_the_run_all_the_same(self):
+    changes = {"non_finite": "skip", "max_skipped_steps": 2}
+    self._read([False, False, True, False, False], **changes)
+    with pytest.raises(errors.NonFiniteError, match="Step 3"):
+      self._read([False, False, False], **changes)
 
 
 class TestProgress:

@@ -1,17 +1,17 @@
 """The demonstration: a small Vim on scikit-learn's 8x8 handwritten digits.
 
-The same code as `vim_tiny`, on data that comes inside a Python package. The
+The same code as the recipes, on data that comes inside a Python package. The
 values were chosen on the validation split; the test split decided nothing.
 """
 
 import ml_collections
 
-from experiments.imagenet.configs import vim_tiny
+from experiments.imagenet.configs import _base
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields of `vim_tiny`, changed for 1254 small images and two CPU cores."""
-  c = vim_tiny.get_config()
+  """Fields of `_base`, changed for 1254 small images and two CPU cores."""
+  c = _base.get_config()
   c.batch_size = 64
   c.eval_batch_size = 360
   c.epochs = 60.0

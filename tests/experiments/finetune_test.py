@@ -1,0 +1,267 @@
+"""Other people's weights, your own images, and accuracy from a file."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+import safetensors.numpy
+
+from experiments import evaluate
+from experiments.datasets import folder, generated, records
+from experiments.imagenet import errors, initial, optimizer, steps
+from experiments.imagenet import run as run_lib
+from experiments.imagenet.configs import _base, finetune
+import vimjax
+
+_TINY = {"depth": 1, "embed_dim": 16, "patch_size": 16}
+
+
+def _variables(model):
+  """Random variables, without compiling the model's own initialisation."""
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes
+  )
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+  """A file with the official names of a tiny Vim of 5 classes at stride 16."""
+  model = vimjax.create_model("vim_tiny", num_classes=5, image_size=64, **_TINY)
+  path = tmp_path_factory.mktemp("weights") / "official.safetensors"
+  arrays = vimjax.export_state_dict(model, _variables(model))
+  arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+  safetensors.numpy.save_file(arrays, path)
+  return path
+
+
+def _config(path, **changes):
+  c = _base.get_config()
+  c.init_from = str(path)
+  c.data.image_size = 64
+  c.model.overrides.update(_TINY, num_classes=5)
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+class TestInitialWeights:
+  def test_all_but_the_head_and_the_grid_is_kept(self, official):
+    same = _config(official)
+    want, source = initial.load(same, run_lib.make_model(same))
+    config = _config(
+      official,
+      **{
+        "model.name": "vim_tiny_stride8",
+        "model.overrides.num_classes": 3,
+        "model.overrides.pos_embed_resize": "official",
+      },
+    )
+    got, _ = initial.load(config, run_lib.make_model(config))
+    params = got["params"]
+    assert params["head"]["kernel"].shape == (16, 3)
+    # 64 pixels: 4 x 4 patches of 16 at stride 16, 7 x 7 at stride 8.
+    assert want["params"]["pos_embed"].shape == (17, 16)
+    assert params["pos_embed"].shape == (50, 16)
+    for name in ("layers_0", "patch_embed", "norm", "class_token"):
+      jax.tree.map(
+        np.testing.assert_array_equal, params[name], want["params"][name]
+      )
+    assert source["license"] == "Apache-2.0"
+    assert source["commercial_use"] is True
+    assert len(source["sha256"]) == 64
+
+  def test_a_new_run_and_its_average_start_from_them(self, official):
+    config = _config(official, **{"model.overrides.num_classes": 3})
+    model, mesh = run_lib.make_model(config), steps.make_mesh()
+    tx = optimizer.make_optimizer(config, lambda step: 0.1)
+    shapes = steps.state_shapes(model, tx, config, mesh)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    variables, _ = initial.load(config, model)
+    state = steps.with_variables(zeros, variables, mesh)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, zeros)
+    for got in (state.params, state.ema_params):
+      jax.tree.map(np.testing.assert_array_equal, got, variables["params"])
+    assert len(state.params["head"]["bias"].sharding.device_set) == 8
+
+  def test_our_files_say_their_licence_or_it_is_not_known(self, tmp_path):
+    config = _config(tmp_path / "ours.safetensors")
+    model = run_lib.make_model(config)
+    path = tmp_path / "ours.safetensors"
+    vimjax.save_variables(path, _variables(model))
+    _, source = initial.load(config, model)
+    assert source["license"] is None
+    assert source["commercial_use"] is None
+    said = initial.metadata(
+      config, {"license": "CC-BY-NC-SA-4.0", "commercial_use": False}
+    )
+    vimjax.save_variables(path, _variables(model), metadata=said)
+    _, source = initial.load(config, model)
+    assert source["license"] == "CC-BY-NC-SA-4.0"
+    assert source["commercial_use"] is False
+
+  @pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+      ("init_from", "/nowhere/a.pth", "No such file"),
+      ("init_from", "published:vim_base_stride8", "no weights were published"),
+      ("init_from", "published:mambavision_tiny", "accept_license"),
+      ("init_weights", "ema", "without an average"),
+      ("model.overrides.embed_dim", 32, "has shape"),
+    ],
+  )
+  def test_what_cannot_be_used_is_one_clear_error(
+    self, official, field, value, message
+  ):
+    config = _config(official, **{field: value})
+    with pytest.raises(errors.ConfigError, match=message) as error:
+      initial.load(config, run_lib.make_model(config))
+    assert "config.init_from=" in str(error.value)
+
+
+def _write_images(root, classes, count, *, seed=0):
+  for label, name in enumerate(classes):
+    (root / name).mkdir(parents=True)
+    for i in range(count):
+      rng = np.random.default_rng((seed, label, i))
+      image = Image.fromarray(generated.make_image(3 * label, rng))
+      image.save(root / name / f"{i}.{'jpg' if i % 2 else 'PNG'}")
+
+
+class TestFolder:
+  def test_parts_are_splits_with_the_training_parts_classes(self, tmp_path):
+    _write_images(tmp_path / "train", ["b", "a"], 3)
+    _write_images(tmp_path / "val", ["b"], 2)
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    train = folder.open_split("train", str(tmp_path))
+    valid = folder.open_split("validation", str(tmp_path))
+    assert train.class_names == valid.class_names == ("a", "b")
+    assert len(train.records) == 6
+    assert [valid.records[i]["label"] for i in range(2)] == [1, 1]
+    want = (tmp_path / "val" / "b" / "1.jpg").read_bytes()
+    assert valid.records[1]["image"] == want
+    with pytest.raises(ValueError, match="split of .*'test'"):
+      folder.open_split("test", str(tmp_path))
+    (tmp_path / "val" / "c").mkdir()
+    with pytest.raises(ValueError, match=r"without training images: \['c'\]"):
+      folder.open_split("validation", str(tmp_path))
+
+  def test_without_parts_a_tenth_is_held_out_whatever_else_is_there(
+    self, tmp_path
+  ):
+    for name in ("x", "y"):
+      (tmp_path / name).mkdir()
+      for i in range(200):
+        (tmp_path / name / f"{i}.jpg").write_bytes(f"{name}{i}".encode())
+
+    def images(split):
+      opened = folder.open_split(split, str(tmp_path)).records
+      return {opened[i]["image"] for i in range(len(opened))}
+
+    train, valid = images("train"), images("validation")
+    assert not train & valid
+    assert train | valid == images("all")
+    assert 20 < len(valid) < 60
+    (tmp_path / "x" / "7.jpg").unlink()
+    assert images("validation") == valid - {b"x7"}
+
+  def test_numbered_classes_count_as_numbers(self, tmp_path):
+    for name in ("10", "9", "0"):
+      (tmp_path / name).mkdir()
+      (tmp_path / name / "a.jpeg").write_bytes(b"")
+    opened = folder.open_split("all", str(tmp_path))
+    assert opened.class_names == ("0", "9", "10")
+
+  @pytest.mark.parametrize("where", [None, "", "/nowhere"])
+  def test_a_missing_folder_is_named(self, where):
+    with pytest.raises(records.MissingDataError, match="folder"):
+      folder.open_split("train", where)
+
+  def test_an_empty_folder_says_what_it_needs(self, tmp_path):
+    with pytest.raises(records.MissingDataError, match="subfolder for each"):
+      folder.open_split("train", str(tmp_path))
+
+
+class TestEvaluate:
+  def test_folders_are_matched_to_classes_by_name(self):
+    table = evaluate.label_table(["n01443537", "n01440764"], 1000)
+    np.testing.assert_array_equal(table, [1, 0])
+    np.testing.assert_array_equal(
+      evaluate.label_table(["0", "7"], 1000), [0, 7]
+    )
+    np.testing.assert_array_equal(evaluate.label_table(["a", "b"], 2), [0, 1])
+    with pytest.raises(ValueError, match="1000 classes, the data 2"):
+      evaluate.label_table(["cat", "dog"], 1000)
+
+  @pytest.mark.parametrize("name", vimjax.list_models())
+  def test_images_are_prepared_as_for_the_published_accuracy(self, name):
+    how = vimjax.get_variant(name).preprocessing
+    c, split = evaluate.make_config(
+      how, data="imagenet", data_dir="d", classes=1000, batch_size=8
+    )
+    assert split == "validation"
+    assert how.interpolation == "bicubic"  # The pipeline's only one.
+    got = (c.data.image_size, c.data.crop_fraction, c.data.crop_mode)
+    assert got == (how.size, how.crop_fraction, how.crop_mode)
+    assert (c.data.mean, c.data.std) == (how.mean, how.std)
+
+  def test_mistakes_are_one_line(self, tmp_path, capsys):
+    code = evaluate.main(["--model", "vim_tny"])
+    assert code == errors.ExitCode.USAGE
+    assert "Did you mean" in capsys.readouterr().err
+    file = tmp_path / "a.pth"
+    file.write_bytes(b"nothing")
+    assert evaluate.main(["--model", "vim_tiny", "--weights", str(file)]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_fine_tuning_on_a_folder_from_official_weights(job, official, tmp_path):
+  data, workdir = tmp_path / "data", tmp_path / "run"
+  _write_images(data / "train", ["ant", "bee", "cat"], 12)
+  _write_images(data / "val", ["ant", "bee", "cat"], 4, seed=1)
+  arguments = [
+    "--config=finetune",
+    f"--config.data.folder={data}",
+    f"--config.init_from={official}",
+    "--config.data.image_size=48",
+    "--config.batch_size=12",
+    "--config.eval_batch_size=12",
+    "--config.epochs=2.0",
+    "--config.optimizer.warmup_epochs=1.0",
+    "--config.log.plots=False",
+    *(f"--config.model.overrides.{k}={v}" for k, v in _TINY.items()),
+  ]
+  code, out, err = job.run(workdir, config=arguments)
+  assert code == 0, err
+  assert "official.safetensors (licence: Apache-2.0)" in out
+  recorded = json.loads((workdir / "config.json").read_text())
+  assert recorded["initial_weights"]["license"] == "Apache-2.0"
+  assert recorded["initial_weights"]["path"] == str(official)
+  assert recorded["config"]["model"]["overrides"]["num_classes"] == 3
+  assert "git_revision" in recorded
+
+  # What it wrote is what it measured.
+  result = json.loads((workdir / "result.json").read_text())
+  config = finetune.get_config()
+  config.data.image_size = 48
+  config.model.overrides.update(_TINY, num_classes=3)
+  config.eval_batch_size = 16
+  config.data.folder = str(data)
+  model = run_lib.make_model(config)
+  variables = vimjax.load_pretrained(model, workdir / "weights.safetensors")
+  values = evaluate.evaluate(model, variables, config, "validation")
+  assert values["examples"] == result["examples"] == 12
+  assert values["accuracy"] == result["accuracy"]
+  np.testing.assert_allclose(values["loss"], result["loss"], rtol=1e-5)
+  assert values["unreadable"] == 0
+
+  # Other data than the run began with would change what comes next.
+  (data / "train" / "bee" / "3.jpg").unlink()
+  code, _, err = job.run(workdir, "--config.epochs=3.0", config=arguments)
+  assert code == errors.ExitCode.CONFIG_CONFLICT
+  assert "'folder' (train) had 36 images" in err
+  assert "has 35 now" in err

@@ -1,0 +1,46 @@
+"""The benchmark of the pipeline compares the same work."""
+
+import cv2
+import numpy as np
+from PIL import Image
+import pytest
+
+from experiments import input_bench
+from experiments.imagenet import augment
+
+
+def test_both_sides_have_the_same_operations():
+  assert input_bench.PILLOW.keys() == augment.OPERATIONS.keys()
+
+
+@pytest.mark.parametrize("name", augment.OPERATIONS)
+def test_an_operation_does_the_same_on_both_sides(name):
+  y, x = np.mgrid[:60, :80]
+  image = np.stack([3 * x, 4 * y, 2 * x + y], -1).astype(np.uint8)
+  image = cv2.GaussianBlur(image, (0, 0), 2)
+  operation = augment.OPERATIONS[name]
+  arguments = []
+  if operation.argument is not None:
+    arguments.append(operation.argument(6.0, 1))
+  if operation.geometric:
+    arguments.append(cv2.INTER_CUBIC)
+  ours = operation.apply(image, *arguments).astype(int)
+  theirs = input_bench.PILLOW[name](Image.fromarray(image), *arguments)
+  # At the edge of what is left empty OpenCV blends over a pixel.
+  assert np.abs(ours - np.asarray(theirs)).mean() <= 2
+  assert (ours != image).any()
+
+
+def test_a_short_run_prints_a_row_for_each_kind_of_work(tmp_path, capsys):
+  file = tmp_path / "bench.json"
+  arguments = ["--images", "3", "--rounds", "1", "--json", str(file)]
+  assert input_bench.main(arguments) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line[:29].strip() for line in lines[1:]] == [
+    "decode",
+    "decode and crop",
+    "RandAugment",
+    "whole pipeline",
+  ]
+  assert all(float(x) > 0 for line in lines[1:] for x in line[29:].split())
+  assert file.is_file()
