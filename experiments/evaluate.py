@@ -179,11 +179,10 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
   fields: dict[str, Any] = {"dtype": run_lib.DTYPES[args.dtype]}
   model = vimjax.create_model(args.model)
   if args.weights:
-    found = pretrained.class_count(
-      pretrained.read_official(model, args.weights, args.which)
-    )
-    fields["num_classes"] = found or model.num_classes
-  model = vimjax.create_model(args.model, **fields)
+    found = pretrained.read(model, args.weights, args.which)
+    model = found.model(args.model, **fields)
+  else:
+    model = vimjax.create_model(args.model, **fields)
   size = args.image_size or variant.preprocessing.size
   variables = vimjax.load_pretrained(
     model if args.weights else args.model,

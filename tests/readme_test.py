@@ -49,6 +49,20 @@ COMMANDS = {
   "python -m experiments.prepare_imagenet --tar_dir ~/ILSVRC2012": (
     "tests/experiments/prepare_imagenet_test.py"
   ),
+  # These need trained weights; the test takes other ones and tiny models.
+  f"{_TRAIN} finetune --config.data.folder=photos --workdir runs/mine": (
+    "tests/experiments/finetune_test.py"
+  ),
+  "python -m experiments.evaluate --model vim_tiny --weights "
+  "runs/mine/weights.safetensors --data photos": (
+    "tests/experiments/finetune_test.py"
+  ),
+  "python -m experiments.report runs/mine": (
+    "tests/experiments/report_test.py"
+  ),
+  "python -m experiments.input_bench": (
+    "tests/experiments/input_bench_test.py"
+  ),
   # Without ImageNet it can only say what is missing.
   f"{_TRAIN} vim_tiny --workdir runs/vim_tiny": "--config vim_tiny --workdir",
 }
