@@ -1,6 +1,24 @@
 """Set-up that every test shares."""
 
+import os
+
 import jax
+
+# Most of the time goes into LLVM's optimisations of programs that run once.
+# Without them results differ by rounding only. The demo, the benchmark and the
+# other commands that CI runs are compiled as users compile them.
+_FAST_COMPILATION = (
+  "--xla_backend_optimization_level=0 "
+  "--xla_llvm_disable_expensive_passes=true"
+)
+
+
+def pytest_configure(config):
+  # On a GPU, `pytest -m gpu`, the flags would change what is tested.
+  if "gpu" not in config.option.markexpr:
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} {_FAST_COMPILATION}".strip()
+
 
 # Eight virtual devices: mesh tests need them, and other tests run on the first.
 jax.config.update("jax_num_cpu_devices", 8)
