@@ -8,8 +8,7 @@ import jax
 # Without them results differ by rounding only. The demo, the benchmark and the
 # other commands that CI runs are compiled as users compile them.
 _FAST_COMPILATION = (
-  "--xla_backend_optimization_level=0 "
-  "--xla_llvm_disable_expensive_passes=true"
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
 
