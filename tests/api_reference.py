@@ -257,8 +257,9 @@ def generate() -> str:
 def _entry(name: str, value: Any) -> Iterator[str]:
   yield f"### `{name}`\n"
   if typing.get_origin(value) is not None:
-    text = str(value).removeprefix("typing.").replace("'", '"')
-    yield _fenced(f"{name.rpartition('.')[2]} = {text}")
+    choices = [f'  "{choice}",' for choice in typing.get_args(value)]
+    lines = [f"{name.rpartition('.')[2]} = Literal[", *choices, "]"]
+    yield _fenced("\n".join(lines))
     return
   value = inspect.unwrap(value)  # From a cache.
   yield _fenced(_declaration(value))
