@@ -178,19 +178,20 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
   variant = vimjax.get_variant(args.model)
   fields: dict[str, Any] = {"dtype": run_lib.DTYPES[args.dtype]}
   model = vimjax.create_model(args.model)
+  size = args.image_size or variant.preprocessing.size
   if args.weights:
     found = pretrained.read(model, args.weights, args.which)
     model = found.model(args.model, **fields)
+    with pretrained.naming(args.weights):
+      variables = found.convert_for(model, image_size=size)
   else:
     model = vimjax.create_model(args.model, **fields)
-  size = args.image_size or variant.preprocessing.size
-  variables = vimjax.load_pretrained(
-    model if args.weights else args.model,
-    args.weights,
-    weights=args.which,
-    image_size=size,
-    accept_license=args.accept_license,
-  )
+    variables = vimjax.load_pretrained(
+      args.model,
+      weights=args.which,
+      image_size=size,
+      accept_license=args.accept_license,
+    )
   if hasattr(model, "image_size"):
     model = model.clone(image_size=size)
   config, split = make_config(

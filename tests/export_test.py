@@ -1,5 +1,7 @@
 """Models as portable programs."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,3 +73,9 @@ def test_command_exports_a_checkpoint(tmp_path, monkeypatch, capsys):
   weights.unlink()
   assert export.main(argv) == 1
   assert "error: " in capsys.readouterr().err
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "flatbuffers", None)
+  with pytest.raises(ModuleNotFoundError, match=r"vimjax\[export\]"):
+    export.load_exported(b"")

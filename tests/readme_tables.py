@@ -14,9 +14,6 @@ import re
 import sys
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 import vimjax
 from vimjax import flops, registry
 from vimjax.weights import download
@@ -30,17 +27,12 @@ FAMILIES = ("vim", "vmamba", "mambavision", "deit")
 
 def quick_model(name: str) -> Any:
   """A model with its layers scanned: as many numbers, much less to trace."""
-  module = vimjax.get_variant(name).module
-  scanned = "scan_layers" in registry.field_names(module)
-  return vimjax.create_model(name, **({"scan_layers": True} if scanned else {}))
+  return registry.with_scan_layers(vimjax.create_model(name), True)
 
 
 def parameter_count(name: str) -> int:
   """How many numbers a model learns, without computing any."""
-  model = quick_model(name)
-  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+  return flops.parameters(vimjax.create_model(name), 32)
 
 
 def models() -> str:

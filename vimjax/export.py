@@ -17,8 +17,8 @@ from jax import export
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vimjax import registry
-from vimjax.weights import convert, pretrained
+from vimjax import optional, registry
+from vimjax.weights import pretrained
 
 
 def export_model(
@@ -36,7 +36,11 @@ def export_model(
 
   Returns:
     What `load_exported` and `jax.export.deserialize` read.
+
+  Raises:
+    ModuleNotFoundError: The extra `export` is not installed.
   """
+  optional.require("flatbuffers", extra="export")
   h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
   (b,) = export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((b, h, w, 3), jnp.float32)
@@ -50,8 +54,10 @@ def load_exported(
   """The function in what `export_model` gave.
 
   Raises:
+    ModuleNotFoundError: The extra `export` is not installed.
     ValueError: The data is something else, or damaged.
   """
+  optional.require("flatbuffers", extra="export")
   try:
     exported = export.deserialize(bytearray(data))
   except Exception as error:
@@ -78,13 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     found = pretrained.read(registry.create_model(args.name), args.weights)
     # Scanned layers make a program of a fraction of the size.
-    has = registry.field_names(registry.get_variant(args.name).module)
-    fields = {"scan_layers": True} if "scan_layers" in has else {}
-    model = found.model(args.name, **fields)
-    variables = convert.convert(
-      model, found.state_dict, made_for=found.made_for
-    )
-    data = export_model(model, variables, image_size=size)
+    model = registry.with_scan_layers(found.model(args.name), True)
+    data = export_model(model, found.convert_for(model), image_size=size)
     output.write_bytes(data)
   except (OSError, ValueError, ModuleNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)

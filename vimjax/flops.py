@@ -83,12 +83,9 @@ def count(
       add(context.module.path, _module_macs(context.module, args[0]))
     return function(*args, **kwargs)
 
-  if "scan_layers" in registry.field_names(type(model)):
-    # The body of a scan is traced once, whatever its length.
-    model = model.clone(scan_layers=False)
-  h, w = (size, size) if isinstance(size, int) else size
-  image = jax.ShapeDtypeStruct((1, h, w, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  # The body of a scan is traced once, whatever its length.
+  model = registry.with_scan_layers(model, False)
+  image, variables = _shapes(model, size)
   with nn.intercept_methods(intercept):
     traced = jax.make_jaxpr(model.apply)(variables, image)
   modules = _module_paths(variables)
@@ -107,10 +104,16 @@ def total(counts: Iterable[Count]) -> Count:
 
 def parameters(model: nn.Module, size: int | tuple[int, int]) -> int:
   """Numbers that training changes; does not depend on the size."""
+  # Scanned layers have as many numbers, and are much less to trace.
+  _, variables = _shapes(registry.with_scan_layers(model, True), size)
+  return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def _shapes(model: nn.Module, size: int | tuple[int, int]) -> tuple[Any, Any]:
+  """Shapes of one image, and of the variables."""
   h, w = (size, size) if isinstance(size, int) else size
   image = jax.ShapeDtypeStruct((1, h, w, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), image)
-  return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+  return image, jax.eval_shape(model.init, jax.random.key(0), image)
 
 
 def _module_paths(variables: Any) -> set[tuple[str, ...]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from vimjax import registry
 from vimjax.layers import attention, cross_scan, ssd, ssm, windows
 from vimjax.models import deit, mambavision, vim
 
@@ -121,7 +122,9 @@ def mixing_layers(
     return function(*args, **kwargs)
 
   with nn.intercept_methods(intercept):
-    jax.eval_shape(_unrolled(model).apply, variables, images)
+    jax.eval_shape(
+      registry.with_scan_layers(model, False).apply, variables, images
+    )
   return list(found.values())
 
 
@@ -176,12 +179,6 @@ def token_attention(
     lambda variables, images: _maps(model, variables, images, chosen, index)
   )(variables, images)
   return _to_grid(model, chosen, maps, images.shape[0])
-
-
-def _unrolled(model: Any) -> Any:
-  """The model with one module per layer."""
-  has = {field.name for field in dataclasses.fields(model)}
-  return model.clone(scan_layers=False) if "scan_layers" in has else model
 
 
 def _grid(model: Any, images: Array) -> tuple[int, int]:
@@ -249,7 +246,7 @@ def _maps(
       return result
 
     with nn.intercept_methods(intercept):
-      _unrolled(model).apply(variables, images)
+      registry.with_scan_layers(model, False).apply(variables, images)
     return sum(total, jnp.zeros(())), weights[0] if weights else None
 
   dtype = jnp.dtype(model.dtype or images.dtype)

@@ -24,7 +24,7 @@ from vimjax import (
   preprocessing,
   registry,
 )
-from vimjax.weights import convert, download, pretrained, published
+from vimjax.weights import download, pretrained, published
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,12 +99,8 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
   which = "ema" if args.ema else "model"
   found = pretrained.read(registry.create_model(args.model), path, which)
   # Scanned layers compile in a fraction of the time.
-  has = registry.field_names(registry.get_variant(args.model).module)
-  fields = {"scan_layers": True} if "scan_layers" in has else {}
-  model = found.model(args.model, **fields)
-  return model, convert.convert(
-    model, found.state_dict, made_for=found.made_for
-  )
+  model = registry.with_scan_layers(found.model(args.model), True)
+  return model, found.convert_for(model)
 
 
 def _predict_all(

@@ -90,8 +90,8 @@ def normalize(
   image: Any,
   mean: tuple[float, float, float] = variants.IMAGENET_MEAN,
   std: tuple[float, float, float] = variants.IMAGENET_STD,
-) -> Float[np.ndarray, "h w 3"]:
-  """(image / 255 - mean) / std in float32, of an RGB image or uint8 array."""
+) -> Float[np.ndarray, "*dims 3"]:
+  """(image / 255 - mean) / std in float32, of an RGB image or array."""
   pixels = np.asarray(image, np.float32) / np.float32(255)
   return (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 

@@ -84,6 +84,13 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
   return variant.module(**{**variant.fields, **overrides})
 
 
+def with_scan_layers(model: Any, scan: bool) -> Any:
+  """The model with its layers scanned, or one by one, if it has the choice."""
+  if "scan_layers" in field_names(type(model)):
+    return model.clone(scan_layers=scan)
+  return model
+
+
 def field_names(module: type[nn.Module]) -> list[str]:
   """Fields of a module that make up its configuration."""
   # Linen adds `parent` and `name`, which place a module inside another.

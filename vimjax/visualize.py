@@ -20,7 +20,7 @@ import numpy as np
 
 from vimjax import maps, optional, preprocessing, registry
 from vimjax.layers import stack
-from vimjax.weights import convert, pretrained
+from vimjax.weights import pretrained
 
 # Dark blue, violet, red, yellow, white: brightness grows with the value.
 _COLOURS = np.array(
@@ -80,16 +80,13 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
       file=sys.stderr,
     )
     image = jnp.zeros((1, 64, 64, 3))
-    has = registry.field_names(type(model))
-    scanned = model.clone(scan_layers=True) if "scan_layers" in has else model
+    scanned = registry.with_scan_layers(model, True)
     # Scanned layers compile in a fraction of the time.
     variables = jax.jit(scanned.init)(jax.random.key(0), image)
     return model, stack.unstack_layers(variables)
   found = pretrained.read(model, args.weights)
   model = found.model(args.model)
-  return model, convert.convert(
-    model, found.state_dict, made_for=found.made_for
-  )
+  return model, found.convert_for(model)
 
 
 def _read(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +100,7 @@ def _read(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
   for name in args.images:
     with pil.open(name) as image:
       cropped = preprocessing.resize_and_crop(
-        image.convert("RGB"),
+        image,
         size=size,
         crop_fraction=how.crop_fraction,
         crop_mode=how.crop_mode,
@@ -111,8 +108,7 @@ def _read(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
       )
     pixels.append(np.asarray(cropped, np.float32))
   stacked = np.stack(pixels)
-  normalised = (stacked / 255 - np.array(how.mean)) / np.array(how.std)
-  return stacked, normalised.astype(np.float32)
+  return stacked, preprocessing.normalize(stacked, how.mean, how.std)
 
 
 def _draw_erf(model, variables, images, pixels, args) -> np.ndarray:

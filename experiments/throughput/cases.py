@@ -7,10 +7,8 @@ import itertools
 import math
 from typing import Any, Final, Literal
 
-import jax
-import jax.numpy as jnp
-
 import vimjax
+from vimjax import flops
 
 Mode = Literal["inference", "training"]
 Dtype = Literal["float32", "bfloat16"]
@@ -104,12 +102,7 @@ PRESETS: Final[Mapping[str, Sequence[Plan]]] = {
 @functools.cache
 def parameters(model: str) -> int:
   """How many numbers training changes."""
-  shapes = jax.eval_shape(
-    vimjax.create_model(model).init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32),
-  )
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+  return flops.parameters(vimjax.create_model(model), 64)
 
 
 def baseline(model: str) -> str:

@@ -216,8 +216,7 @@ def resized(model: Any, image_size: pos_embed.Size | None) -> Any:
 
 def shapes(model: Any, family: Family) -> dict[str, jax.ShapeDtypeStruct]:
   """Our paths and what belongs there, with layers that are not stacked."""
-  if getattr(model, "scan_layers", False):
-    model = model.clone(scan_layers=False)
+  model = registry.with_scan_layers(model, False)
   side = family.smallest_side(model)
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   return flatten(jax.eval_shape(model.init, jax.random.key(0), image))

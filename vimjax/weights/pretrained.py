@@ -1,6 +1,7 @@
 """Variables from checkpoint files: `load_pretrained`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import os
 import re
@@ -67,17 +68,18 @@ def load_pretrained(
       published.checkpoint(model_or_name, "load_pretrained"),
       accept_license=accept_license,
     )
-  try:
+  with naming(path):
     found = read(model, path, weights)
-    return convert.convert(
-      model,
-      found.state_dict,
-      image_size=image_size,
-      rng=rng,
-      made_for=found.made_for,
-    )
+    return found.convert_for(model, image_size=image_size, rng=rng)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Puts the file's name before messages about what does not fit a model."""
+  try:
+    yield
   except checkpoint_files.CheckpointError:
-    raise
+    raise  # It has the name.
   except ValueError as error:
     raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -114,6 +116,22 @@ class Checkpoint:
     if len(heads) == 1 and np.ndim(self.state_dict[heads[0]]) == 2:
       fields["num_classes"] = self.state_dict[heads[0]].shape[0]
     return registry.create_model(name, **fields)
+
+  def convert_for(
+    self,
+    model: nn.Module,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    rng: Array | None = None,
+  ) -> dict[str, Any]:
+    """Variables for a model; see `load_pretrained`."""
+    return convert.convert(
+      model,
+      self.state_dict,
+      image_size=image_size,
+      rng=rng,
+      made_for=self.made_for,
+    )
 
 
 def read(
