@@ -25,9 +25,9 @@ from experiments.imagenet import (
   optimizer,
   rundir,
   steps,
-  train,
 )
 from experiments.imagenet import run as run_lib
+from experiments.imagenet import window as window_lib
 from experiments.imagenet.configs import _base
 
 _SIZE, _CLASSES = 8, 4
@@ -447,7 +447,7 @@ class TestNonFiniteSteps:
       config=config, plan=run_lib.Plan(10, 10, 10, 10), checkpoints=lines
     )
     corrupt = corrupt_lib.Corrupt(0, {})
-    window = train.Window(run, lines, lines, corrupt)
+    window = window_lib.Window(run, lines, lines, corrupt)
     for step, good in enumerate(finite, start=1):
       numbers = {"loss": step if good else np.nan, "lr": 0.1, "finite": good}
       window.add(step, {k: np.asarray(v) for k, v in numbers.items()})
