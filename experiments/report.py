@@ -69,10 +69,10 @@ def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   common = pathlib.Path(os.path.commonpath([f.parent for f in folders]))
   runs = []
   for folder in folders:
-    recorded = rundir.read_json(folder / "config.json")
+    recorded = rundir.read_json(folder / rundir.CONFIG)
     if recorded is None:
       raise errors.WorkdirError(
-        f"{folder} holds no run: there is no config.json."
+        f"{folder} holds no run: there is no {rundir.CONFIG}."
       )
     runs.append(
       Run(
@@ -116,8 +116,17 @@ def _row(run: Run) -> dict[str, str]:
     "initial weights": (
       f"licence {initial['license'] or 'unknown'}" if initial else "none"
     ),
-    "revision": (run.recorded.get("git_revision") or "-")[:9],
+    "revision": _revisions(run.recorded),
   }
+
+
+def _revisions(recorded: dict[str, Any]) -> str:
+  """Of the code that the run was computed with, from first to last."""
+  found = [
+    (x.get("git_revision") or "-")[:9]
+    for x in (*recorded.get("sessions", []), recorded)
+  ]
+  return ", ".join(dict.fromkeys(found))
 
 
 def draw(runs: Sequence[Run], path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ class ExitCode(enum.IntEnum):
   USAGE = 2  # Wrong command line or configuration.
   BAD_DATA = 65  # Non-finite loss, too many corrupt images, bad checkpoints.
   NO_INPUT = 66  # The data set is not there.
-  UNAVAILABLE = 69  # A package of the extra `train` is not installed.
+  UNAVAILABLE = 69  # A package of an extra is not installed.
   CANNOT_CREATE = 73  # The workdir cannot be used, or another run uses it.
   IO_ERROR = 74  # Disk full, or another error of reading or writing.
   INTERRUPTED = 75  # Stopped by a signal after saving: run it again.
@@ -35,6 +35,12 @@ class ConfigError(RunError):
   """The configuration asks for something impossible."""
 
   exit_code = ExitCode.USAGE
+
+
+class MissingPackageError(RunError):
+  """The configuration asks for something that an extra has to bring."""
+
+  exit_code = ExitCode.UNAVAILABLE
 
 
 class NonFiniteError(RunError):

@@ -1,8 +1,12 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, the terminal."""
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, the terminal.
+
+(And Weights & Biases, see `wandb_log.py`.)
+"""
 
 from collections.abc import Iterator, Mapping
 import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -10,12 +14,17 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
+from experiments.imagenet import memory, wandb_log
 from vimjax import optional
+
+# Training images shown, in a square.
+_SHOWN = 16
 
 
 class Writer:
-  """Writes lines of numbers to metrics.jsonl and TensorBoard.
+  """Writes lines of numbers to metrics.jsonl, TensorBoard and others.
 
   A line has `step`, `split` and the numbers; (step, split) is unique, also
   after a run was killed and went back to an earlier checkpoint. Every line is
@@ -24,7 +33,12 @@ class Writer:
   """
 
   def __init__(
-    self, folder: pathlib.Path, *, start_step: int, tensorboard: bool
+    self,
+    folder: pathlib.Path,
+    *,
+    start_step: int,
+    tensorboard: bool,
+    wandb: wandb_log.WandbLog | None = None,
   ):
     """Opens the files, dropping lines from beyond the restored step.
 
@@ -32,10 +46,12 @@ class Writer:
       folder: The run's folder.
       start_step: The step that the run starts from or goes back to.
       tensorboard: Whether to write TensorBoard's files too.
+      wandb: Gets the same; closed with this.
     """
     # Only one process writes; the others compute the same numbers.
     self._file = None
     self._events = None
+    self._wandb = wandb
     self._kept: set[tuple[int, str]] = set()
     if jax.process_index():
       return
@@ -49,6 +65,12 @@ class Writer:
     if tensorboard:
       self._events = _Events(folder / "tensorboard", start_step)
 
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    self.close(failed=kind is not None)
+
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Appends one line, unless the file has it from before a restart.
 
@@ -57,20 +79,53 @@ class Writer:
       split: "train" or "valid".
       values: Name to number.
     """
+    named = {f"{split}/{name}": value for name, value in values.items()}
     # An evaluation that a killed run had done but not saved is done again.
     if self._file is not None and (step, split) not in self._kept:
       line = {"step": step, "split": split, **values}
       self._file.write(json.dumps(line) + "\n")
+      if self._wandb is not None:
+        self._wandb.write(step, named)
     if self._events is not None:
-      self._events.write(
-        step, {f"{split}/{name}": value for name, value in values.items()}
-      )
+      self._events.write(step, named)
 
-  def close(self) -> None:
-    """Closes the files."""
+  def text(self, step: int, name: str, text: str) -> None:
+    """Shows a text, as it is, in TensorBoard."""
+    if self._events is not None:
+      self._events.text(step, name, text)
+
+  def images(self, step: int, name: str, images: np.ndarray) -> None:
+    """Shows images where images can be shown.
+
+    Args:
+      step: Steps taken.
+      name: What they are.
+      images: uint8 (b, h, w, 3); the first 16 are shown.
+    """
+    pixels = _grid(images[:_SHOWN])
+    if self._events is not None:
+      self._events.image(step, name, pixels)
+    if self._wandb is not None:
+      self._wandb.image(step, name, pixels)
+
+  def close(self, *, failed: bool = False) -> None:
+    """Closes the files; `failed` is what others are told of the run."""
     for file in (self._file, self._events):
       if file is not None:
         file.close()
+    if self._wandb is not None:
+      self._wandb.close(failed=failed)
+
+
+def _grid(images: np.ndarray) -> np.ndarray:
+  """Images (b, h, w, 3) beside and below each other, in about a square."""
+  b, h, w, _ = images.shape
+  columns = math.ceil(math.sqrt(b))
+  rows = math.ceil(b / columns)
+  grid = np.zeros((rows * columns, h, w, 3), np.uint8)
+  grid[:b] = images
+  grid = grid.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+  return grid.reshape(rows * h, columns * w, 3)
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -115,6 +170,17 @@ class _Events:
       self._add(step, summary=self._summary.scalar(name, value))
     self._writer.flush()
 
+  def text(self, step: int, tag: str, text: str) -> None:
+    # Shown as Markdown, where four spaces begin what is left as it is.
+    lines = text.splitlines()
+    indented = "\n".join(f"    {line}" for line in lines)
+    self._add(step, summary=self._summary.text(tag, indented))
+    self._writer.flush()
+
+  def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+    self._add(step, summary=self._summary.image(tag, pixels, dataformats="HWC"))
+    self._writer.flush()
+
   def _add(self, step: int, **content: Any) -> None:
     event = self._event.Event(step=step, wall_time=time.time(), **content)
     self._writer.write_event(event)
@@ -130,11 +196,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-  """A progress bar on a terminal, and plain lines anywhere else.
-
-  Attributes:
-    images_per_second: Of training, between the last two updates.
-  """
+  """A progress bar on a terminal, and plain lines anywhere else."""
 
   def __init__(
     self, *, step: int, total: int, batch_size: int, progress_bar: bool
@@ -147,12 +209,14 @@ class Progress:
       batch_size: Images per step.
       progress_bar: False for plain lines on a terminal too.
     """
-    self.images_per_second = 0.0
     self._total = total
     self._batch_size = batch_size
-    self._step = step
+    self._first = self._step = step
+    self._updates = 0
     self._trained = 0
     self._seconds = 0.0
+    self._waited = 0.0
+    self._paused = 0.0
     self._clock = time.monotonic()
     self._bar = None
     if progress_bar and sys.stderr.isatty() and not jax.process_index():
@@ -161,37 +225,72 @@ class Progress:
         total=total, initial=step, unit="step", dynamic_ncols=True
       )
 
-  def update(self, step: int, values: Mapping[str, float]) -> None:
+  def update(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
     """Shows where training is.
 
     Args:
       step: Steps taken.
       values: `loss` and `accuracy` of the latest steps.
+
+    Returns:
+      Of the time since the last update: `images_per_second`, and
+      `input_wait`, the share in which the loop waited for the next batch. And
+      `seconds_left`, and what `memory.usage` says.
     """
     now = time.monotonic()
     seconds = max(now - self._clock, 1e-9)
     trained = step - self._step
-    self._clock, self._step = now, step
-    self._trained += trained
-    self._seconds += seconds
-    self.images_per_second = trained * self._batch_size / seconds
+    out = {
+      "images_per_second": trained * self._batch_size / seconds,
+      "input_wait": min(self._waited / seconds, 1.0),
+      "seconds_left": self._left(step, seconds, trained),
+      **memory.usage(),
+    }
+    self._clock, self._step, self._waited = now, step, 0.0
     shown = (
       f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.4f}  "
-      f"{self.images_per_second:,.0f} images/s"
+      f"{out['images_per_second']:,.0f} images/s  "
+      f"input wait {out['input_wait']:.0%}"
     )
+    for name in ("peak_device_memory", "process_memory"):
+      if name in out:
+        shown += f"  {name.replace('_', ' ')} {out[name] / 2**30:.1f} GiB"
     if self._bar is not None:
       self._bar.set_postfix_str(shown, refresh=False)
       self._bar.update(trained)
-      return
-    left = (self._total - step) * self._seconds / max(self._trained, 1)
-    say(f"step {step}/{self._total}  {shown}  {_duration(left)} left")
+    else:
+      left = _duration(out["seconds_left"])
+      say(f"step {step}/{self._total}  {shown}  {left} left")
+    return out
+
+  def _left(self, step: int, seconds: float, trained: int) -> float:
+    """Seconds to the last step, if all goes on as on average."""
+    self._updates += 1
+    if self._updates <= 2:
+      # The time to the first update is mostly spent compiling: it counts for
+      # as long as there is no other.
+      self._seconds, self._trained = 0.0, 0
+    self._seconds += seconds
+    self._trained += trained
+    per_step = self._seconds / max(self._trained, 1)
+    per_step += self._paused / max(step - self._first, 1)
+    return (self._total - step) * per_step
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time in the block as waiting for the input."""
+    start = time.monotonic()
+    yield
+    self._waited += time.monotonic() - start
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves the time in the block out (evaluation, saving)."""
+    """Leaves the time in the block (an evaluation) out of the speed."""
     start = time.monotonic()
     yield
-    self._clock += time.monotonic() - start
+    seconds = time.monotonic() - start
+    self._clock += seconds
+    self._paused += seconds
 
   def say(self, text: str) -> None:
     """Prints a line without tearing the bar."""

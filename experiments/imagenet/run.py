@@ -76,6 +76,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
   Raises:
     errors.ConfigError: Names the field, what it must be and what it is.
+    errors.MissingPackageError: A field needs a package that is not installed.
   """
   c, devices = config, jax.device_count()
   dtype = c.model.overrides.dtype
@@ -163,13 +164,19 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     )
     if not holds
   ]
-  if c.checkpoint.export:
-    try:
-      optional.require("safetensors", extra="weights")
-    except ModuleNotFoundError as error:
-      problems.append(f"config.checkpoint.export=True: {error}")
   if problems:
     raise errors.ConfigError("\n".join(problems))
+  for name, wanted, package, extra in (
+    ("checkpoint.export", c.checkpoint.export, "safetensors", "weights"),
+    ("log.wandb", c.log.wandb, "wandb", "wandb"),
+  ):
+    if wanted:
+      try:
+        optional.require(package, extra=extra)
+      except ModuleNotFoundError as error:
+        raise errors.MissingPackageError(
+          f"config.{name}={wanted!r}: {error}"
+        ) from error
 
 
 def fill_in(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -1,11 +1,13 @@
 """The working directory of a run: one process, one configuration, one result.
 
 WORKDIR/
-  config.json      the resolved configuration, versions, git revision, where
-                   initial weights are from, and later changes
+  config.json      the resolved configuration; git revision, versions and
+                   devices; where initial weights are from and their licence;
+                   and from which step on each of these was another
   checkpoints/     see `checkpoints.py`
   metrics.jsonl    one line per logged step and split
-  tensorboard/     the same numbers
+  tensorboard/     the same numbers, the configuration and some images
+  wandb.json       the run's identity at Weights & Biases, if it is there
   result.json      written once, when the run is finished
   weights.safetensors  the best weights, if asked for
   *.png            learning curves and predictions, if asked for
@@ -13,6 +15,7 @@ WORKDIR/
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import datetime
 import fcntl
 import importlib.metadata
 import json
@@ -51,8 +54,22 @@ FREE = (
   "model.overrides.remat",
   "model.overrides.scan_implementation",
 )
+CONFIG = "config.json"
 RESULT = "result.json"
-_PACKAGES = ("flax", "grain", "jax", "jaxlib", "numpy", "optax")
+# What the numbers of a run depend on, down to how images are decoded.
+_PACKAGES = (
+  "flax",
+  "grain",
+  "jax",
+  "jaxlib",
+  "jax-cuda13-plugin",
+  "numpy",
+  "opencv-python-headless",
+  "optax",
+  "orbax-checkpoint",
+  "pillow",
+  "simplejpeg",
+)
 
 
 @contextlib.contextmanager
@@ -148,7 +165,7 @@ def compare_config(
   Raises:
     errors.ConflictError: A field differs that the checkpoints depend on.
   """
-  recorded = read_json(folder / "config.json")
+  recorded = read_json(folder / CONFIG)
   if recorded is None:
     return {}
   then, now = flatten(recorded["config"]), flatten(config.to_dict())
@@ -195,31 +212,67 @@ def record_config(
     changed: From `compare_config`.
     initial: What is known of a new run's initial weights.
   """
-  path = folder / "config.json"
-  recorded = read_json(path)
-  if jax.process_index() or (recorded is not None and not changed):
+  if jax.process_index():
     return
-  changes = recorded["changes"] if recorded is not None else []
-  if recorded is not None:
-    initial = recorded.get("initial_weights")
-  for name, (then, now) in changed.items():
-    logging.warning("config.%s changed from %r to %r", name, then, now)
-    changes.append({"step": step, "field": name, "from": then, "to": now})
-  write_json(
-    path,
-    {
-      "config": config.to_dict(),
-      "changes": changes,
-      "initial_weights": initial,
-      "git_revision": _git_revision(),
-      "versions": {
-        "python": platform.python_version(),
-        "vimjax": version.__version__,
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
-      },
-      "devices": [f"{jax.device_count()} x {jax.devices()[0].device_kind}"],
-    },
+  now = environment()
+  recorded = read_json(folder / CONFIG)
+  if recorded is None:
+    recorded = {"config": {}, "changes": [], "sessions": []}
+  else:
+    _warn_of(recorded, now)
+  # Also when a run begins again that was stopped before its first checkpoint.
+  if initial is not None or "initial_weights" not in recorded:
+    recorded["initial_weights"] = initial
+  for name, (then, value) in changed.items():
+    logging.warning("config.%s changed from %r to %r", name, then, value)
+    recorded["changes"].append(
+      {"step": step, "field": name, "from": then, "to": value}
+    )
+  recorded.setdefault("sessions", []).append(
+    {"step": step, "started": _now(), **now}
   )
+  recorded["config"] = config.to_dict()
+  write_json(folder / CONFIG, recorded | now)
+
+
+def environment() -> dict[str, Any]:
+  """What a run's numbers depend on beside its configuration and its data."""
+  return {
+    "git_revision": _git_revision(),
+    "versions": {
+      "python": platform.python_version(),
+      "vimjax": version.__version__,
+      **{name: found for name in _PACKAGES if (found := _version(name))},
+    },
+    "devices": [f"{jax.device_count()} x {jax.devices()[0].device_kind}"],
+    "processes": jax.process_count(),
+    "platform": jax.devices()[0].client.platform_version,
+  }
+
+
+def _warn_of(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+  """Says where the run goes on with other code or on other devices."""
+  then, now = flatten(recorded), flatten(now)
+  for name, value in now.items():
+    if name in then and then[name] != value:
+      logging.warning(
+        "%s was %r and is %r: the run may go on with other rounding than it "
+        "would have",
+        name,
+        then[name],
+        value,
+      )
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _git_revision() -> str | None:

@@ -8,6 +8,7 @@ what a checkpoint holds is enough to go on from it.
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import json
 import os
 import pathlib
 from typing import Any
@@ -26,6 +27,7 @@ from experiments.imagenet import (
   plots,
   rundir,
   steps,
+  wandb_log,
 )
 from experiments.imagenet import corrupt as corrupt_lib
 from experiments.imagenet import initial as initial_lib
@@ -150,10 +152,7 @@ def train(
   config, plan = run.config, run.plan
   corrupt = corrupt_lib.Corrupt(config.data.max_corrupt, record.corrupt)
   with contextlib.ExitStack() as stack:
-    writer = metrics.Writer(
-      run.folder, start_step=record.step, tensorboard=config.log.tensorboard
-    )
-    stack.callback(writer.close)
+    writer = stack.enter_context(_writer(run, record.step))
     progress = metrics.Progress(
       step=record.step,
       total=plan.total_steps,
@@ -175,8 +174,11 @@ def train(
     step = record.step
     batches = input_pipeline.train_batches(config, start_step=step)
     while step < plan.total_steps and not run.interrupt.received:
-      batch = next(batches)
+      with progress.waiting():
+        batch = next(batches)
       corrupt.see("train", batch)
+      if not step:
+        writer.images(step, "train/images", batch["image"])
       state, numbers = run.train_step(
         state, steps.put_batch(batch, config, run.mesh)
       )
@@ -196,6 +198,19 @@ def train(
     run.checkpoints.wait()
   _stop_if_interrupted(run, step)
   return state, record
+
+
+def _writer(run: run_lib.Run, step: int) -> metrics.Writer:
+  """Where the numbers go, with the configuration to read beside them."""
+  log, wandb = run.config.log, None
+  if log.wandb and not jax.process_index():
+    wandb = wandb_log.WandbLog(run.folder, log.wandb, run.config.to_dict())
+  writer = metrics.Writer(
+    run.folder, start_step=step, tensorboard=log.tensorboard, wandb=wandb
+  )
+  recorded = rundir.read_json(run.folder / rundir.CONFIG)
+  writer.text(step, "config", json.dumps(recorded, indent=2))
+  return writer
 
 
 def _stop_if_interrupted(run: run_lib.Run, step: int) -> None:
@@ -285,7 +300,12 @@ def finish(
     run.eval_step, run.eval_variables(state), _eval_batches(run, split, corrupt)
   )
   _stop_if_interrupted(run, record.step)
+  recorded = rundir.read_json(run.folder / rundir.CONFIG) or {}
+  initial = recorded.get("initial_weights")
   result = {
+    "model": c.model.name,
+    "data": c.data.name,
+    "seed": c.seed,
     "name": "test" if c.data.test_split else "validation",
     "split": split,
     **values,
@@ -294,6 +314,8 @@ def finish(
     "best_valid_accuracy": record.best_accuracy,
     "total_steps": run.plan.total_steps,
     "corrupt": corrupt.by_split(),
+    "initial_weights": initial,
+    "git_revision": recorded.get("git_revision"),
     "plots": [],
   }
   if c.log.plots and not jax.process_index():
@@ -307,11 +329,10 @@ def finish(
     ]
   if not jax.process_index():
     if c.checkpoint.export:
-      recorded = rundir.read_json(run.folder / "config.json") or {}
       vimjax.save_variables(
         run.folder / WEIGHTS,
         run.eval_variables(state),
-        metadata=initial_lib.metadata(c, recorded.get("initial_weights")),
+        metadata=initial_lib.metadata(c, initial),
       )
     rundir.write_json(run.folder / rundir.RESULT, result)
   return result

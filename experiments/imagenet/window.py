@@ -78,14 +78,14 @@ class Window:
     }
     means["lr"] = numbers["lr"]
     self._values.clear()
-    self._progress.update(step, means)
+    speed = self._progress.update(step, means)
     self._writer.write(
       step,
       "train",
       {
         "epoch": step / plan.steps_per_epoch,
         **means,
-        "images_per_second": self._progress.images_per_second,
+        **speed,
         "corrupt": self._corrupt.count,
         "skipped": self._skipped,
       },

@@ -243,9 +243,13 @@ def test_fine_tuning_on_a_folder_from_official_weights(job, official, tmp_path):
   assert recorded["initial_weights"]["path"] == str(official)
   assert recorded["config"]["model"]["overrides"]["num_classes"] == 3
   assert "git_revision" in recorded
+  (session,) = recorded["sessions"]
+  assert session["versions"] == recorded["versions"]
 
   # What it wrote is what it measured.
   result = json.loads((workdir / "result.json").read_text())
+  assert result["initial_weights"] == recorded["initial_weights"]
+  assert (result["model"], result["data"]) == ("vim_tiny", "folder")
   config = finetune.get_config()
   config.data.image_size = 48
   config.model.overrides.update(_TINY, num_classes=3)

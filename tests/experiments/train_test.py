@@ -1,5 +1,6 @@
 """The compiled steps and the bookkeeping around them, without processes."""
 
+import datetime
 import json
 import os
 import pty
@@ -363,6 +364,39 @@ class TestRecordedConfig:
     assert recorded["versions"]["jax"] == jax.__version__
     assert rundir.compare_config(tmp_path, now) == {}
 
+  def test_every_session_says_what_it_was_computed_with(
+    self, tmp_path, monkeypatch, caplog
+  ):
+    licence = {"path": "a.pth", "license": "Apache-2.0", "sha256": "0"}
+    record = lambda step, initial=None: rundir.record_config(
+      tmp_path, _config(), step=step, changed={}, initial=initial
+    )
+    record(0, licence)
+    then = rundir.environment()
+    assert then["devices"] == ["8 x cpu"]
+    assert then["versions"].keys() >= {"python", "vimjax", "jax", "optax"}
+    record(4)
+    assert not caplog.messages
+    later = then | {
+      "git_revision": "0123abcd",
+      "versions": then["versions"] | {"jax": "9.0"},
+    }
+    monkeypatch.setattr(rundir, "environment", lambda: later)
+    record(9)
+    recorded = json.loads((tmp_path / rundir.CONFIG).read_text())
+    sessions = recorded["sessions"]
+    assert [x["step"] for x in sessions] == [0, 4, 9]
+    for session, wanted in zip(sessions, (then, then, later), strict=True):
+      started = datetime.datetime.fromisoformat(session["started"])
+      age = datetime.datetime.now(datetime.UTC) - started
+      assert datetime.timedelta(0) <= age < datetime.timedelta(minutes=10)
+      assert session == wanted | {k: session[k] for k in ("step", "started")}
+    assert {k: recorded[k] for k in later} == later
+    assert recorded["initial_weights"] == licence
+    assert len(caplog.messages) == 2
+    assert "git_revision was" in caplog.text
+    assert f"versions.jax was '{jax.__version__}' and is '9.0'" in caplog.text
+
   @pytest.mark.parametrize(
     "field", ["seed", "batch_size", "data.name", "model.overrides.depth"]
   )
@@ -420,8 +454,6 @@ class TestMetrics:
 class _Lines:
   """Stands for the writer and the progress bar."""
 
-  images_per_second = 0.0
-
   def __init__(self):
     self.lines = []
 
@@ -429,7 +461,7 @@ class _Lines:
     self.lines.append((step, values))
 
   def update(self, step, values):
-    pass
+    return {"seconds_left": 0.0}
 
   def check(self):
     pass
@@ -485,7 +517,8 @@ class TestProgress:
     progress.close()
     line = capsys.readouterr().out
     assert line.startswith("step 10/100  loss 0.5000  accuracy 0.2500  ")
-    assert line.endswith(" images/s  0:00:00 left\n")
+    assert " images/s  input wait 0%  process memory " in line
+    assert line.endswith(" GiB  0:00:00 left\n")
 
   def test_a_bar_on_a_terminal(self, monkeypatch):
     ours, theirs = pty.openpty()

@@ -158,6 +158,9 @@ def _log() -> ml_collections.ConfigDict:
   # Steps between lines in metrics.jsonl and TensorBoard.
   c.every_steps = 50
   c.tensorboard = True
+  # A project of Weights & Biases that gets the same numbers (needs the extra
+  # `wandb`); "" means none.
+  c.wandb = ""
   c.progress_bar = True
   # Draw learning curves and a grid of predictions as PNG at the end.
   c.plots = False
