@@ -6,10 +6,12 @@ FILE is an official checkpoint (.pth, .pth.tar, .safetensors) or one of ours;
 without it the published weights are downloaded. Images are prepared as the
 published accuracy of the model was measured.
 
-DATA is "imagenet" (the validation split of TFDS's imagenet2012; --data_dir
-names its folder) or a folder with a subfolder for each class, named by WordNet
-ids (n01440764, ...), by class numbers as in the archives of ImageNet-V2, or,
-for weights of a run of yours, as in its training data.
+DATA is "imagenet" (the validation split of TFDS's imagenet2012), "imagenet_v2"
+(its matched-frequency images; or "imagenet_v2/threshold-0.7" and
+"imagenet_v2/topimages"; --data_dir names TFDS's folder), or a folder with a
+subfolder for each class, named by WordNet ids (n01440764, ...), by class
+numbers as in the archives of ImageNet-V2, or, for weights of a run of yours, as
+in its training data.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.datasets import imagenet, records
+from experiments.datasets import imagenet, imagenet_v2, records
 from experiments.imagenet import errors, input_pipeline, steps
 from experiments.imagenet import run as run_lib
 from experiments.imagenet.configs import _base
@@ -48,8 +50,8 @@ def make_config(
 
   Args:
     how: The variant's preprocessing.
-    data: "imagenet", or a folder.
-    data_dir: TFDS's folder, for "imagenet".
+    data: "imagenet", "imagenet_v2" or one of its variants, or a folder.
+    data_dir: TFDS's folder, for all but a folder.
     classes: How many the weights have.
     batch_size: Images at a time.
     image_size: Instead of the preprocessing's, in pixels.
@@ -64,9 +66,12 @@ def make_config(
   c.data.mean, c.data.std = how.mean, how.std
   c.eval_batch_size = batch_size
   c.model.overrides.num_classes = classes
+  c.data.dir = data_dir
   if data == "imagenet":
-    c.data.dir = data_dir
     return c, "validation"
+  if data.startswith(imagenet_v2.NAME):
+    c.data.name = data
+    return c, "test"
   c.data.name, c.data.folder = "folder", data
   parts = [
     p for p in ("validation", "val", "valid", "test") if p in _names(data)
@@ -162,7 +167,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--model", required=True)
   parser.add_argument("--weights", help="default: the published ones")
   parser.add_argument("--which", choices=("model", "ema"), default="model")
-  parser.add_argument("--data", default="imagenet", help="imagenet or a folder")
+  parser.add_argument(
+    "--data", default="imagenet", help="imagenet, imagenet_v2 or a folder"
+  )
   parser.add_argument("--data_dir", help="TFDS's folder")
   parser.add_argument("--image_size", type=int, help="default: the variant's")
   parser.add_argument("--batch_size", type=int, default=128)

@@ -1,10 +1,13 @@
-"""Turns the official ImageNet-2012 tar files into TFDS array_record files.
+"""Turns the official ImageNet tar files into TFDS array_record files.
 
   python -m experiments.prepare_imagenet --tar_dir DIR [--data_dir DIR]
+  python -m experiments.prepare_imagenet --v2 [VARIANT] --tar_dir DIR
 
-Needs no TensorFlow, and as much free space as the tar files take (155 GB). The
-result is read by the official builder:
+The first is ImageNet-2012, the second ImageNet-V2. Needs no TensorFlow, and as
+much free space as the tar files take (155 GB; 1.3 GB). The result is read by
+the official builders:
   tfds.builder("imagenet2012", file_format="array_record")
+  tfds.builder("imagenet_v2/VARIANT", file_format="array_record")
 An interrupted preparation leaves nothing that could be taken for the data set.
 
 Exit codes: 0 done (or done before); 2 wrong command line; 65 a tar file is
@@ -33,7 +36,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     "--tar_dir",
     type=pathlib.Path,
     required=True,
-    help="folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
+    help="folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or "
+    "of an archive of ImageNet-V2",
+  )
+  parser.add_argument(
+    "--v2",
+    nargs="?",
+    const="matched-frequency",
+    choices=("matched-frequency", "threshold-0.7", "topimages"),
+    metavar="VARIANT",
+    help="prepare ImageNet-V2: %(choices)s (default: %(const)s)",
   )
   parser.add_argument(
     "--data_dir",
@@ -61,11 +73,17 @@ def main(argv: Sequence[str] | None = None) -> errors.ExitCode:
       optional.require(package, extra="train")
   except ModuleNotFoundError as error:
     return _fail(error, errors.ExitCode.UNAVAILABLE)
-  from experiments.datasets import imagenet_preparation, records
+  from experiments.datasets import (
+    imagenet,
+    imagenet_preparation,
+    imagenet_v2,
+    records,
+  )
 
+  source = imagenet_v2.SOURCES[args.v2] if args.v2 else imagenet.SOURCE
   try:
     target = imagenet_preparation.prepare(
-      args.tar_dir, args.data_dir, subset=args.subset
+      args.tar_dir, args.data_dir, source=source, subset=args.subset
     )
   except KeyboardInterrupt:
     return _fail("interrupted; nothing was kept", errors.ExitCode.INTERRUPTED)
@@ -75,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> errors.ExitCode:
     return _fail(error, errors.ExitCode.BAD_DATA)
   except OSError as error:
     return _fail(error, errors.ExitCode.IO_ERROR)
-  print(f"ImageNet-2012 is ready in {target}")
+  print(f"{source.title} is ready in {target}")
   return errors.ExitCode.FINISHED
 
 

@@ -1,6 +1,6 @@
 """ImageNet-2012: the official TFDS data set, and how to read the tar files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import io
 import os
@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from experiments.datasets import records
 
-GET: Final = """\
+_GET: Final = """\
 To get it:
   1. Register at https://image-net.org/download-images and download
      ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into one folder.
@@ -31,10 +31,14 @@ Progress = Callable[[int], object]
 
 
 class Example(TypedDict):
-  """A record of TFDS's imagenet2012."""
+  """A record of TFDS's imagenet2012 and imagenet_v2.
+
+  Attributes:
+    label: WordNet id, or number of the class.
+  """
 
   image: bytes
-  label: str
+  label: str | int
   file_name: str
 
 
@@ -44,15 +48,34 @@ class Tar:
 
   Attributes:
     name: File name.
-    num_bytes: Its size.
+    num_bytes: Its size; None where it is not known.
     num_images: How many images it holds.
     examples: Reads them from a path, reporting bytes done to a callback.
+    url: Where to get it.
   """
 
   name: str
-  num_bytes: int
+  num_bytes: int | None
   num_images: int
   examples: Callable[[pathlib.Path, Progress], Iterator[Example]]
+  url: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A TFDS data set and the official files that it is made of.
+
+  Attributes:
+    title: What to call it.
+    make_builder: Makes TFDS's own builder, given the TFDS folder.
+    tars: By split.
+    how_to_get: Instructions, with {root} for the TFDS folder.
+  """
+
+  title: str
+  make_builder: Callable[[str], tfds.core.DatasetBuilder]
+  tars: Mapping[str, Tar]
+  how_to_get: str
 
 
 def make_builder(root: str) -> tfds.core.DatasetBuilder:
@@ -118,15 +141,28 @@ def validation_examples(
     progress(len(data))
 
 
-# By split, as TFDS names them.
-TARS: Final = {
-  "train": Tar(
-    "ILSVRC2012_img_train.tar", 147_897_477_120, 1_281_167, train_examples
-  ),
-  "validation": Tar(
-    "ILSVRC2012_img_val.tar", 6_744_924_160, 50_000, validation_examples
-  ),
-}
+_URL = "https://image-net.org/download-images"
+SOURCE: Final = Source(
+  title="ImageNet-2012",
+  make_builder=make_builder,
+  tars={
+    "train": Tar(
+      "ILSVRC2012_img_train.tar",
+      147_897_477_120,
+      1_281_167,
+      train_examples,
+      _URL,
+    ),
+    "validation": Tar(
+      "ILSVRC2012_img_val.tar",
+      6_744_924_160,
+      50_000,
+      validation_examples,
+      _URL,
+    ),
+  },
+  how_to_get=_GET,
+)
 
 
 def fix(data: bytes) -> bytes:
@@ -150,12 +186,13 @@ def fix(data: bytes) -> bytes:
     return data
 
 
-def check_tar(path: pathlib.Path, num_bytes: int | None) -> None:
+def check_tar(tar: Tar, path: pathlib.Path, *, whole: bool) -> None:
   """Refuses a tar file that is missing or not whole.
 
   Args:
+    tar: What it should be.
     path: The file.
-    num_bytes: The size it must have; None accepts any.
+    whole: Whether it must have the official size.
 
   Raises:
     MissingDataError: It is not there; says where to get it.
@@ -163,15 +200,17 @@ def check_tar(path: pathlib.Path, num_bytes: int | None) -> None:
   """
   if not path.is_file():
     raise records.MissingDataError(
-      f"There is no {path.name} in {path.parent.absolute()}. Register at "
-      "https://image-net.org/download-images and download it there."
+      f"There is no {path.name} in {path.parent.absolute()}. Get it at "
+      f"{tar.url} and put it there."
     )
   found = path.stat().st_size
-  if num_bytes is not None and found != num_bytes:
+  if whole and tar.num_bytes is not None and found != tar.num_bytes:
     raise records.DataError(
-      f"{path} has {found:,} bytes; the official file has {num_bytes:,}. "
+      f"{path} has {found:,} bytes; the official file has {tar.num_bytes:,}. "
       "Finish the download, or pass --subset if fewer images are intended."
     )
+  if path.suffix != ".tar":
+    return  # Compressed: its end shows when it is read.
   with open(path, "rb") as file:
     file.seek(max(0, found - len(_END_OF_TAR)))
     if file.read() != _END_OF_TAR:

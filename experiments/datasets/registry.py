@@ -12,6 +12,7 @@ from experiments.datasets import (
   folder,
   generated,
   imagenet,
+  imagenet_v2,
   records,
   tfds_records,
 )
@@ -40,6 +41,12 @@ def _tfds(
   )
 
 
+def _from_tars(
+  source: imagenet.Source,
+) -> Callable[[str, str | None], records.Split]:
+  return _tfds(source.make_builder, source.how_to_get)
+
+
 def _array_record(
   builder: type[tfds.core.DatasetBuilder],
 ) -> tfds_records.BuilderFn:
@@ -49,8 +56,18 @@ def _array_record(
 DATASETS: Final[dict[str, Dataset]] = {
   "imagenet2012": Dataset(
     "ILSVRC 2012: 1,281,167 train and 50,000 validation images",
-    _tfds(imagenet.make_builder, imagenet.GET),
+    _from_tars(imagenet.SOURCE),
   ),
+  imagenet_v2.NAME: Dataset(
+    f"ImageNet-V2, {imagenet_v2.DEFAULT}: 10,000 test images",
+    _from_tars(imagenet_v2.SOURCES[imagenet_v2.DEFAULT]),
+  ),
+  **{
+    f"{imagenet_v2.NAME}/{variant}": Dataset(
+      f"ImageNet-V2, {variant}: 10,000 test images", _from_tars(source)
+    )
+    for variant, source in imagenet_v2.SOURCES.items()
+  },
   "digits": Dataset(
     "1,797 handwritten digits, from inside scikit-learn",
     _tfds(_array_record(digits.SklearnDigits)),

@@ -181,11 +181,13 @@ def _mambavision(
   weight_decay: float,
   mesa: float,
   *,
+  crop_fraction: float = 1.0,
   warmup_epochs: float = 20.0,
   mesa_start: float = 0.25,
 ) -> Recipe:
   return {
     **_MAMBAVISION,
+    "data.crop_fraction": crop_fraction,  # Of its evaluation.
     "model.overrides.drop_path_rate": drop_path_rate,
     "optimizer.weight_decay": weight_decay,
     "optimizer.warmup_epochs": warmup_epochs,
@@ -196,8 +198,8 @@ def _mambavision(
 
 MAMBAVISION: Final[dict[str, Recipe]] = {
   "mambavision_tiny": _mambavision(0.2, 0.05, 0.5),
-  "mambavision_tiny2": _mambavision(0.2, 0.05, 0.75),
-  "mambavision_small": _mambavision(0.2, 0.05, 1.0),
+  "mambavision_tiny2": _mambavision(0.2, 0.05, 0.75, crop_fraction=0.98),
+  "mambavision_small": _mambavision(0.2, 0.05, 1.0, crop_fraction=0.93),
   "mambavision_base": _mambavision(
     0.3, 0.075, 1.0, warmup_epochs=35.0, mesa_start=0.3
   ),
