@@ -1,7 +1,9 @@
-# make demo   train a small Vim on real images, evaluate it, print the result
-# make test   lint, types and the whole test suite
+# make demo       train a small Vim on real images, evaluate it, print the result
+# make test       lint, types and the test suite
+# make test-long  what the suite leaves out because it takes minutes: a step of
+#                 every single recipe, say
 #
-# Both make .venv on first use; nothing but Python >= 3.12, git and make is
+# All make .venv on first use; nothing but Python >= 3.12, git and make is
 # needed. `PYTHON=/path/to/python make demo` names the interpreter.
 
 VENV := .venv
@@ -12,7 +14,7 @@ ARGS :=
 # Extra flags for pytest, such as TESTS='tests/models -k vim'
 TESTS :=
 
-.PHONY: demo test lint types suite docs format clean
+.PHONY: demo test test-long lint types suite docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.imagenet --config digits \
@@ -29,6 +31,9 @@ types: $(VENV)/.dev
 
 suite: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal $(TESTS)
+
+test-long: $(VENV)/.dev
+	$(BIN)/pytest -n 2 --dist worksteal -m long $(TESTS)
 
 # The tables in README.md and docs/, and docs/api.md, anew.
 docs: $(VENV)/.dev

@@ -3,6 +3,7 @@
 import os
 
 import jax
+import pytest
 
 # Most of the time goes into LLVM's optimisations of programs that run once.
 # Without them results differ by rounding only. The demo, the benchmark and the
@@ -17,6 +18,17 @@ def pytest_configure(config):
   if "gpu" not in config.option.markexpr:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} {_FAST_COMPILATION}".strip()
+  config.addinivalue_line(
+    "markers", "long: left to `make test-long` (`pytest -m long`)"
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  if "long" in config.option.markexpr:
+    return
+  for item in items:
+    if "long" in item.keywords:
+      item.add_marker(pytest.mark.skip(reason="left to `make test-long`"))
 
 
 # Eight virtual devices: mesh tests need them, and other tests run on the first.

@@ -5,6 +5,7 @@ to the end must have its parameters, bit for bit, and its log.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -259,7 +260,7 @@ def test_a_damaged_best_checkpoint_is_said_and_the_last_one_evaluated(
   assert out.splitlines()[-1].startswith("test accuracy: ")
 
 
-def test_non_finite_loss_names_the_step_and_saves_nothing(job, copy):
+def test_non_finite_loss_names_the_step_and_saves_nothing(job, whole, copy):
   before = job_lib.contents(copy / "checkpoints")
   last = job_lib.saved_steps(copy)[-1]
   code, _, err = job.run(
@@ -271,6 +272,33 @@ def test_non_finite_loss_names_the_step_and_saves_nothing(job, copy):
   assert job_lib.contents(copy / "checkpoints") == before
   recorded = json.loads((copy / "config.json").read_text())
   assert recorded["changes"][-1]["field"] == "optimizer.peak_lr"
+  # What went wrong has left no trace.
+  code, _, err = job.run(copy, "--config.checkpoint.keep=5")
+  assert code == 0, err
+  _assert_ends_like(copy, whole)
+
+
+def test_skipped_steps_change_nothing_until_there_are_too_many(job, copy):
+  last = job_lib.saved_steps(copy)[-1]
+  before = job_lib.load(copy, last)
+  code, _, err = job.run(
+    copy,
+    "--config.checkpoint.keep=5",
+    "--config.optimizer.peak_lr=1e30",
+    "--config.non_finite=skip",
+    "--config.max_skipped_steps=9",
+  )
+  assert code == 65
+  for step in range(last + 1, last + 10):
+    assert f"Skipped step {step}, which is not finite" in err
+  assert f"Step {last + 10} is not finite" in err.splitlines()[-1]
+  # The steps are counted and saved; all else is as it was.
+  saved = job_lib.saved_steps(copy)[-1]
+  assert last + 4 < saved < last + 10
+  after = job_lib.load(copy, saved)
+  (step,) = (name for name in after if name.endswith("'step']"))
+  assert after.pop(step) == before.pop(step) + saved - last
+  job_lib.assert_same_bits(after, before)
 
 
 class _Damaged(generated.VimjaxGenerated, skip_registration=True):
@@ -304,6 +332,63 @@ def test_corrupt_images_are_skipped_counted_and_reported(
   assert "unreadable images skipped in test: 1" in lines
   assert lines[-1].endswith("(79 images)")
   assert job_lib.metrics(tmp_path)[-2]["corrupt"] == 5
+
+
+def test_unreadable_images_stay_counted_over_an_interruption(
+  job, damaged_data, tmp_path
+):
+  arguments = (damaged_data, "--config.epochs=1.0")
+  code, _, err = job.run(tmp_path / "whole", *arguments)
+  assert code == 0, err
+  process = job.start(tmp_path / "run", *arguments)
+  job_lib.wait_for_step(process, 9)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=120)
+  assert process.returncode == 75
+  code, out, err = job.run(tmp_path / "run", *arguments)
+  assert code == 0, err
+  assert "resumed" in out
+  got, want = (
+    json.loads((tmp_path / name / "result.json").read_text())
+    for name in ("run", "whole")
+  )
+  assert got == want
+  assert len(want["corrupt"]["train"]) == 4
+  job_lib.assert_same_bits(
+    job_lib.load(tmp_path / "run", 20), job_lib.load(tmp_path / "whole", 20)
+  )
+
+
+class _Shrunk(generated.VimjaxGenerated, skip_registration=True):
+  """The generated images, without some of them."""
+
+  name = "vimjax_generated"
+
+  def _generate_examples(self, split):
+    yield from itertools.islice(super()._generate_examples(split), 300)
+
+
+def test_a_data_set_that_shrank_is_refused_until_it_is_whole(
+  job, whole, copy, tmp_path
+):
+  _Shrunk(
+    data_dir=tmp_path / "shrunk", file_format="array_record"
+  ).download_and_prepare()
+  before = job_lib.contents(copy)
+  code, _, err = job.run(
+    copy,
+    "--config.checkpoint.keep=5",
+    f"--config.data.dir={tmp_path / 'shrunk'}",
+  )
+  assert code == 78
+  assert "'generated' (train) had 320 images" in _message(err)
+  assert "has 300 now" in _message(err)
+  after = job_lib.contents(copy)
+  del before[".lock"], after[".lock"]
+  assert after == before
+  code, _, err = job.run(copy, "--config.checkpoint.keep=5")
+  assert code == 0, err
+  _assert_ends_like(copy, whole)
 
 
 def test_too_many_corrupt_images_stop_the_run(job, damaged_data, tmp_path):
