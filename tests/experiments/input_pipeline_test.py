@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import generated, registry, shard_writer
-from experiments.imagenet import input_pipeline, transforms
+from experiments.imagenet import input_pipeline, stages, transforms
 from experiments.imagenet.configs import _base
 from vimjax import preprocessing
 
@@ -174,7 +174,7 @@ class TestEvalBatches:
     assert joined["mask"].dtype == bool
     real = joined["mask"]
     np.testing.assert_array_equal(joined["index"][real], np.arange(80))
-    assert (joined["index"][~real] == input_pipeline.PADDING).all()
+    assert (joined["index"][~real] == stages.PADDING).all()
     assert not joined["corrupt"].any()
     assert not joined["image"][~real].any()
 
