@@ -323,7 +323,9 @@ def damaged_data(tmp_path_factory):
 def test_corrupt_images_are_skipped_counted_and_reported(
   job, damaged_data, tmp_path
 ):
-  code, out, err = job.run(tmp_path, damaged_data, "--config.epochs=2.0")
+  workdir = tmp_path / "whole"
+  arguments = (damaged_data, "--config.epochs=3.0")
+  code, out, err = job.run(workdir, *arguments)
   assert code == 0, err
   lines = out.splitlines()
   # Each record once, although the second epoch met it again.
@@ -331,31 +333,23 @@ def test_corrupt_images_are_skipped_counted_and_reported(
   assert "unreadable images skipped in validation: 1" in lines
   assert "unreadable images skipped in test: 1" in lines
   assert lines[-1].endswith("(79 images)")
-  assert job_lib.metrics(tmp_path)[-2]["corrupt"] == 5
+  assert job_lib.metrics(workdir)[-2]["corrupt"] == 5
 
-
-def test_unreadable_images_stay_counted_over_an_interruption(
-  job, damaged_data, tmp_path
-):
-  arguments = (damaged_data, "--config.epochs=1.0")
-  code, _, err = job.run(tmp_path / "whole", *arguments)
-  assert code == 0, err
+  # And the same over an interruption.
   process = job.start(tmp_path / "run", *arguments)
   job_lib.wait_for_step(process, 9)
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=120)
   assert process.returncode == 75
-  code, out, err = job.run(tmp_path / "run", *arguments)
+  code, _, err = job.run(tmp_path / "run", *arguments)
   assert code == 0, err
-  assert "resumed" in out
   got, want = (
     json.loads((tmp_path / name / "result.json").read_text())
     for name in ("run", "whole")
   )
   assert got == want
-  assert len(want["corrupt"]["train"]) == 4
   job_lib.assert_same_bits(
-    job_lib.load(tmp_path / "run", 20), job_lib.load(tmp_path / "whole", 20)
+    job_lib.load(tmp_path / "run", 60), job_lib.load(workdir, 60)
   )
 
 
