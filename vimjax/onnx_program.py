@@ -81,7 +81,8 @@ def _run(
 
   def read(x: Any) -> onnx_graph.Value:
     if isinstance(x, core.Literal):
-      return np.asarray(x.val, x.aval.dtype)
+      aval: Any = x.aval
+      return np.asarray(x.val, aval.dtype)
     return env[x]
 
   for eqn in _needed(jaxpr):
