@@ -128,10 +128,21 @@ def _draw_scan(model, variables, images, pixels, args) -> np.ndarray:
   )
   pairs = []
   for weights, image in zip(np.asarray(found), pixels, strict=True):
-    heat = _heat(_enlarge(weights / max(weights.max(), 1e-30), image.shape))
+    heat = _heat(_enlarge(_bright(weights), image.shape))
     mixed = (0.4 * image + 0.6 * heat).astype(np.uint8)
     pairs.append(np.concatenate([image.astype(np.uint8), mixed], axis=1))
   return np.concatenate(pairs)
+
+
+def _bright(weights: np.ndarray) -> np.ndarray:
+  """Weights in [0, 1]; the largest 5 % alike.
+
+  A token takes most from itself, through the skip connection of a scan, which
+  would leave all others dark.
+  """
+  seen = weights[weights > 0]
+  most = np.percentile(seen, 95) if seen.size else 1.0
+  return np.clip(weights / most, 0, 1)
 
 
 def _draw_features(model, variables, images, pixels, args) -> np.ndarray:
