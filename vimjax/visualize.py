@@ -52,15 +52,31 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("what", choices=list(_DRAW))
   add("images", nargs="+", metavar="IMAGE", help="image file")
-  add("--model", required=True, choices=registry.list_models(), metavar="NAME")
+  add(
+    "--model",
+    required=True,
+    choices=registry.list_models(),
+    metavar="NAME",
+    help="such as vim_tiny",
+  )
   add(
     "--weights",
     metavar="FILE",
     help="checkpoint, official or converted (default: random weights)",
   )
-  add("--output", type=pathlib.Path, default=pathlib.Path("picture.png"))
+  add(
+    "--output",
+    type=pathlib.Path,
+    default=pathlib.Path("picture.png"),
+    help="default: picture.png",
+  )
   add("--size", type=int, help="side of the images; default: the published one")
-  add("--layer", type=int, default=-1, help="for scan: which layer, from 0")
+  add(
+    "--layer",
+    type=int,
+    default=-1,
+    help="for scan: which layer that mixes tokens, from 0; default: the last",
+  )
   add(
     "--token",
     type=int,
@@ -68,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     metavar=("ROW", "COLUMN"),
     help="for scan; default: the class token, or the middle",
   )
-  add("--stage", type=int, default=-1, help="for features: which map, from 0")
+  add(
+    "--stage",
+    type=int,
+    default=-1,
+    help="for features: which map, from 0; default: the last",
+  )
   return parser
 
 

@@ -66,14 +66,15 @@ def _cells(row: measure.Row, rows: Sequence[measure.Row]) -> list[str]:
   case = row.case
   dtype = case.dtype + (f", {case.precision}" if case.precision else "")
   head = [case.label, str(case.size), str(case.batch), case.mode, dtype]
-  if row.median_s is None or row.quartiles_s is None or row.peak_bytes is None:
+  speed, peak = row.images_per_second, row.peak_bytes
+  if row.median_s is None or not row.quartiles_s or not speed or not peak:
     return [*head, row.error or "", *[""] * (len(_COLUMNS) - 6)]
   low, high = (f"{1e3 * x:.1f}" for x in row.quartiles_s)
   return [
     *head,
-    f"{row.images_per_second:.1f}",
+    f"{speed:.{1 if speed >= 10 else 2}f}",
     f"{1e3 * row.median_s:.1f} ({low} to {high})",
-    _peak(row.peak_bytes, row.device_peak_bytes),
+    _peak(peak, row.device_peak_bytes),
     _against_baseline(row, rows),
     f"{row.compile_s:.1f}",
   ]
@@ -151,10 +152,13 @@ def _axes(**options: Any) -> tuple[Any, Any]:
   # Not pyplot: a figure of its own needs no display and leaves no state.
   optional.require("matplotlib", extra="plot")
   module = optional.require("matplotlib.figure", extra="plot")
-  figure = module.Figure(layout="constrained", figsize=(8, 5))
+  figure = module.Figure(layout="constrained", figsize=(6, 4))
   ax = figure.subplots()
   ax.grid(alpha=0.3)
   ax.set(**options)
+  for axis in (ax.xaxis, ax.yaxis):  # 20, not 2 x 10^1.
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
   return figure, ax
 
 
@@ -203,4 +207,4 @@ def plots(rows: Sequence[measure.Row], folder: pathlib.Path) -> list[str]:
 def _finish(figure: Any, ax: Any, path: pathlib.Path) -> None:
   if ax.get_legend_handles_labels()[0]:
     ax.legend(fontsize=7)
-  figure.savefig(path, dpi=120)
+  figure.savefig(path, dpi=100)
