@@ -25,6 +25,11 @@ MODELS = {
 }
 
 
+def create_small(name, **fields):
+  """A published model with one layer."""
+  return vimjax.create_model(name, **{"depth": 1, **fields})
+
+
 @pytest.mark.parametrize(
   ("name", "batches"),
   # Two sizes once: every size is a compilation.
@@ -53,13 +58,8 @@ def test_damaged_programs_are_a_clear_error():
 
 
 def test_command_exports_a_checkpoint(tmp_path, monkeypatch, capsys):
-  create = vimjax.create_model
-  monkeypatch.setattr(
-    export.registry,
-    "create_model",
-    lambda name, **fields: create(name, **{"depth": 1, **fields}),
-  )
-  model = create("vim_tiny", depth=1, num_classes=7)
+  monkeypatch.setattr(export.registry, "create_model", create_small)
+  model = create_small("vim_tiny", num_classes=7)
   images = np.ones((2, 64, 64, 3), np.float32)
   variables = quick.jit(model.init)(jax.random.key(0), images)
   weights, output = tmp_path / "w.safetensors", tmp_path / "vim.stablehlo"

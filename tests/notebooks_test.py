@@ -1,7 +1,7 @@
-"""The notebook runs from top to bottom, and shows what it says.
+"""The notebooks run from top to bottom, and show what they say.
 
-It is kept without outputs: they would be hundreds of kilobytes of pictures that
-change with every machine, and nobody could tell whether they are current.
+They are kept without outputs: these would be hundreds of kilobytes of pictures
+that change with every machine, and nobody could tell whether they are current.
 """
 
 import os
@@ -13,14 +13,12 @@ import nbformat
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+NOTEBOOKS = ROOT / "notebooks"
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-  """The notebook with its outputs, run by a kernel without a network."""
-  folder = tmp_path_factory.mktemp("notebook")
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
+def _execute(name, folder):
+  """A notebook with its outputs, run by a kernel without a network."""
+  notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
   client = nbclient.NotebookClient(
     notebook,
     timeout=600,
@@ -37,6 +35,11 @@ def executed(tmp_path_factory):
   return client.execute(env=environment)
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+  return _execute("quickstart.ipynb", tmp_path_factory.mktemp("notebook"))
+
+
 def _text(notebook):
   return "".join(
     output.get("text", "")
@@ -51,15 +54,25 @@ def _percents(pattern, text):
   return [float(group) for group in found.groups()]
 
 
-def test_the_notebook_is_kept_without_outputs():
-  cells = nbformat.read(NOTEBOOK, as_version=4).cells
+def _pictures(notebook):
+  return [
+    output
+    for cell in notebook.cells
+    for output in cell.get("outputs", ())
+    if "image/png" in output.get("data", {})
+  ]
+
+
+@pytest.mark.parametrize("name", ["inside.ipynb", "quickstart.ipynb"])
+def test_notebooks_are_kept_without_outputs(name):
+  cells = nbformat.read(NOTEBOOKS / name, as_version=4).cells
   code = [cell for cell in cells if cell.cell_type == "code"]
   assert code
   assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
-def test_it_loads_predicts_and_gives_features(executed):
-  text = _text(executed)
+def test_it_loads_predicts_and_gives_features(quickstart):
+  text = _text(quickstart)
   assert "7,148,008 parameters" in text
   assert "RANDOM WEIGHTS: these classes mean nothing." in text
   assert len(re.findall(r"(?m)^ +\d+\.\d\d %  \w", text)) == 5
@@ -68,8 +81,8 @@ def test_it_loads_predicts_and_gives_features(executed):
   assert "mambavision_tiny (1, 56, 56, 80) (1, 28, 28, 160)" in text
 
 
-def test_fine_tuning_learns(executed):
-  text = _text(executed)
+def test_fine_tuning_learns(quickstart):
+  text = _text(quickstart)
   (five,) = _percents(r"0 to 4: ([\d.]+)% of 182 test images", text)
   before, after = _percents(r"0 to 9: ([\d.]+)% before, ([\d.]+)% after", text)
   # Guessing gives 20 and 10; the seed is fixed, rounding differs by machine.
@@ -78,11 +91,22 @@ def test_fine_tuning_learns(executed):
   assert after > 85
 
 
-def test_it_plots(executed):
-  pictures = [
-    output
-    for cell in executed.cells
-    for output in cell.get("outputs", ())
-    if "image/png" in output.get("data", {})
-  ]
-  assert len(pictures) == 3
+def test_it_plots(quickstart):
+  assert len(_pictures(quickstart)) == 3
+
+
+def test_a_look_inside(tmp_path):
+  executed = _execute("inside.ipynb", tmp_path)
+  text = _text(executed)
+  assert "SMALL MODELS, RANDOM WEIGHTS" in text
+  near = re.findall(r"(\w+): (\d+)% of the gradient in the middle ninth", text)
+  assert [name for name, _ in near] == ["Vim", "VMamba", "MambaVision", "DeiT"]
+  # An even spread would give 12 %.
+  assert all(12 < int(share) <= 100 for _, share in near)
+  assert "Vim: 2 layers, grids (8, 8) (8, 8)" in text
+  assert "VMamba: 4 layers, grids (32, 32) (16, 16) (8, 8) (4, 4)" in text
+  assert "MambaVision: 4 layers, grids (8, 8) (8, 8) (4, 4) (4, 4)" in text
+  assert "Vim, class token: a map of (8, 8)" in text
+  assert "DeiT, class token: a map of (8, 8)" in text
+  assert "VMamba: (1, 8, 8, 96)" in text
+  assert len(_pictures(executed)) == 4

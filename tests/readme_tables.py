@@ -14,6 +14,7 @@ import re
 import sys
 from typing import Any
 
+from experiments.throughput import report
 import vimjax
 from vimjax import flops, registry
 from vimjax.weights import download
@@ -22,6 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "experiments" / "results"
+# Speed and memory of whole models, and where its plots are.
+THROUGHPUT = RESULTS / "throughput_cpu.json"
+PLOTS = DOCS / "throughput_cpu"
 FAMILIES = ("vim", "vmamba", "mambavision", "deit")
 
 
@@ -125,11 +129,33 @@ def bench() -> str:
   )
 
 
+def throughput() -> str:
+  """What `experiments.throughput` measured on a CPU, and its plots."""
+  facts, rows = report.read(THROUGHPUT)
+  growth = "\n".join(f"- {line}" for line in report.growth(rows).splitlines())
+  plots = "\n".join(
+    f"![{title}]({(PLOTS / name).relative_to(ROOT)})"
+    for name, title in (
+      ("throughput.png", "Images per second by image size"),
+      ("memory.png", "Peak memory by image size"),
+      ("accuracy.png", "Published accuracy by images per second"),
+    )
+  )
+  return (
+    f"{report.markdown(rows)}\n\n{growth}\n\n"
+    "Medians; peak: arguments, results and temporary memory by the compiler's\n"
+    "account; full: float32 products in float32. Random weights. Measured on\n"
+    f"{facts['device']} ({facts['machine']}, {facts['cores']} cores), jax "
+    f"{facts['jax']}, {facts['date'][:10]}.\n\n{plots}"
+  )
+
+
 # Which file each part is in, and what writes it.
 PARTS: dict[str, tuple[pathlib.Path, Callable[[], str]]] = {
   "models": (README, models),
   "digits": (README, digits),
   "bench": (README, bench),
+  "throughput": (README, throughput),
   **{
     family: (DOCS / f"{family}.md", functools.partial(variants, family))
     for family in FAMILIES
@@ -153,7 +179,8 @@ def current(name: str) -> str:
 
 
 def write() -> None:
-  """Generates every part anew."""
+  """Generates every part anew, and the plots."""
+  report.plots(report.read(THROUGHPUT)[1], PLOTS)
   for name, (file, generate) in PARTS.items():
     part = generate()
     file.write_text(

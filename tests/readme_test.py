@@ -41,6 +41,8 @@ COMMANDS = {
   "python -m vimjax.flops vim_tiny --json": _HERE,
   "python -m vimjax.export vim_tiny --weights in.pth --output "
   "vim.stablehlo": _HERE,
+  "python -m vimjax.export vim_tiny --weights in.pth --format onnx --output "
+  "vim.onnx": _HERE,
   "python -m experiments.throughput --preset cpu --json throughput.json": (
     "experiments.throughput --preset cpu --json"
   ),
@@ -183,11 +185,33 @@ def test_visualize_count_and_export(folder):
   assert (np.asarray(logits) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["models", "digits", "bench"])
+def test_export_to_onnx(folder):
+  runtime = pytest.importorskip("onnxruntime", reason="needs the extra `dev`")
+  _run(
+    "python -m vimjax.export vim_tiny --weights in.pth --format onnx --output "
+    "vim.onnx",
+    folder,
+  )
+  session = runtime.InferenceSession(folder / "vim.onnx")
+  images = np.ones((2, 224, 224, 3), np.float32)
+  (logits,) = session.run(["logits"], {"images": images})
+  assert logits.shape == (2, 1000)
+  # All weights are zero.
+  assert (logits == 0).all()
+
+
+@pytest.mark.parametrize("name", ["models", "digits", "bench", "throughput"])
 def test_generated_parts_are_current(name):
   file, generate = readme_tables.PARTS[name]
   assert file == readme_tables.README
   assert readme_tables.current(name) == generate()
+
+
+def test_pictures_are_there_and_small():
+  pictures = re.findall(r"!\[[^]]+\]\((docs/[^)]+\.png)\)", TEXT)
+  assert len(pictures) == 3
+  for name in pictures:
+    assert (readme_tables.ROOT / name).stat().st_size < 60_000
 
 
 def test_the_table_has_every_model():

@@ -20,7 +20,7 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
-from vimjax import registry
+from vimjax import command_line, registry
 from vimjax.layers import batch_norm, conv, cross_scan, ssm
 
 # Per value, as fvcore counts them with a scale, and a bias except for RMSNorm;
@@ -69,10 +69,11 @@ def count(
     size: Side of the image, or (h, w), in pixels.
 
   Returns:
-    A count per module that computes something itself, by its path in the model;
-    their sum is the model's.
+    A count per module that computes something itself, by its path in the model,
+    in the order of the calls; their sum is the model's.
   """
   counts: dict[tuple[str, ...], Count] = {}
+  calls: list[tuple[str, ...]] = []
 
   def add(path: tuple[str, ...], more: Count) -> None:
     if more.macs:
@@ -80,6 +81,7 @@ def count(
 
   def intercept(function, args, kwargs, context):
     if context.method_name == "__call__":
+      calls.append(context.module.path)
       add(context.module.path, _module_macs(context.module, args[0]))
     return function(*args, **kwargs)
 
@@ -94,7 +96,9 @@ def count(
     # How an implementation computes the scan is no matter: it is counted.
     if not counts.get(path, Count()).scan_macs:
       add(path, Count(macs))
-  return counts
+  place = {path: i for i, path in enumerate(calls)}
+  order = sorted(counts, key=lambda path: place.get(path, len(place)))
+  return {path: counts[path] for path in order}
 
 
 def total(counts: Iterable[Count]) -> Count:
@@ -219,11 +223,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     description="Counts the multiply-accumulates of classifying one image.",
   )
   parser.add_argument("name", metavar="NAME", choices=registry.list_models())
+  positive = command_line.positive_integer
   parser.add_argument(
-    "--size", type=int, help="side of the image; default: the published one"
+    "--size",
+    type=positive,
+    help="side of the image; default: the published one",
   )
   parser.add_argument(
-    "--depth", type=int, default=2, help="of the table of modules; default: 2"
+    "--depth",
+    type=positive,
+    default=2,
+    help="of the table of modules; default: 2",
   )
   parser.add_argument(
     "--json", action="store_true", help="print the sums as JSON at the end"
@@ -238,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
   print(f"{args.name}, one image of {size}x{size}")
-  print("\n".join(_table(counts, max(args.depth, 1))))
+  print("\n".join(_table(counts, args.depth)))
   if args.json:
     sums = dataclasses.asdict(total(counts.values()))
     print(json.dumps({"params": parameters(model, size)} | sums))

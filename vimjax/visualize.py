@@ -52,15 +52,31 @@ def _parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("what", choices=list(_DRAW))
   add("images", nargs="+", metavar="IMAGE", help="image file")
-  add("--model", required=True, choices=registry.list_models(), metavar="NAME")
+  add(
+    "--model",
+    required=True,
+    choices=registry.list_models(),
+    metavar="NAME",
+    help="such as vim_tiny",
+  )
   add(
     "--weights",
     metavar="FILE",
     help="checkpoint, official or converted (default: random weights)",
   )
-  add("--output", type=pathlib.Path, default=pathlib.Path("picture.png"))
+  add(
+    "--output",
+    type=pathlib.Path,
+    default=pathlib.Path("picture.png"),
+    help="default: picture.png",
+  )
   add("--size", type=int, help="side of the images; default: the published one")
-  add("--layer", type=int, default=-1, help="for scan: which layer, from 0")
+  add(
+    "--layer",
+    type=int,
+    default=-1,
+    help="for scan: which layer that mixes tokens, from 0; default: the last",
+  )
   add(
     "--token",
     type=int,
@@ -68,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     metavar=("ROW", "COLUMN"),
     help="for scan; default: the class token, or the middle",
   )
-  add("--stage", type=int, default=-1, help="for features: which map, from 0")
+  add(
+    "--stage",
+    type=int,
+    default=-1,
+    help="for features: which map, from 0; default: the last",
+  )
   return parser
 
 
@@ -128,10 +149,21 @@ def _draw_scan(model, variables, images, pixels, args) -> np.ndarray:
   )
   pairs = []
   for weights, image in zip(np.asarray(found), pixels, strict=True):
-    heat = _heat(_enlarge(weights / max(weights.max(), 1e-30), image.shape))
+    heat = _heat(_enlarge(_bright(weights), image.shape))
     mixed = (0.4 * image + 0.6 * heat).astype(np.uint8)
     pairs.append(np.concatenate([image.astype(np.uint8), mixed], axis=1))
   return np.concatenate(pairs)
+
+
+def _bright(weights: np.ndarray) -> np.ndarray:
+  """Weights in [0, 1]; the largest 5 % alike.
+
+  A token takes most from itself, through the skip connection of a scan, which
+  would leave all others dark.
+  """
+  seen = weights[weights > 0]
+  most = np.percentile(seen, 95) if seen.size else 1.0
+  return np.clip(weights / most, 0, 1)
 
 
 def _draw_features(model, variables, images, pixels, args) -> np.ndarray:

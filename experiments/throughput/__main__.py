@@ -5,14 +5,14 @@
       --batches 8 --dtypes bfloat16 --json results.json --plots FOLDER
 
 Every row stands beside the DeiT of the most similar size, with the attention
-weights in memory as in the papers' comparisons; bfloat16 rows with --flash also
-beside one with flash attention. Rows that belong together are timed in turn.
+weights in memory as in the papers' comparisons; on a GPU bfloat16 rows stand
+also beside one with flash attention. Rows that belong together are timed in
+turn.
 """
 
 import argparse
 from collections.abc import Sequence
-import dataclasses
-import json
+import os
 import pathlib
 import sys
 import time
@@ -23,6 +23,7 @@ import jax
 from experiments.throughput import cases, measure, report
 from pallas_kernels import bench_compare
 import vimjax
+from vimjax import command_line, optional
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,10 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     description="Measures speed and memory of whole models.",
   )
   add = parser.add_argument
+  positive = command_line.positive_integer
   add("--preset", choices=list(cases.PRESETS), help="instead of the lists")
   add("--models", nargs="+", metavar="NAME", choices=vimjax.list_models())
-  add("--sizes", nargs="+", type=int, default=[224])
-  add("--batches", nargs="+", type=int, default=[1])
+  add("--sizes", nargs="+", type=positive, metavar="SIDE", default=[224])
+  add("--batches", nargs="+", type=positive, metavar="SIZE", default=[1])
   add("--modes", nargs="+", choices=get_args(cases.Mode), default=["inference"])
   add("--dtypes", nargs="+", choices=get_args(cases.Dtype), default=["float32"])
   add(
@@ -43,11 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     default="full",
     help="of float32 matrix products; tf32 needs a GPU",
   )
-  add("--flash", action="store_true", help="flash attention baseline, bfloat16")
-  add("--rounds", type=int, default=5)
+  add(
+    "--flash",
+    action=argparse.BooleanOptionalAction,
+    help="a baseline with flash attention beside bfloat16 rows; default: on a "
+    "GPU",
+  )
+  add("--rounds", type=positive, default=5, help="default: 5")
   add(
     "--time-limit",
     type=float,
+    metavar="SECONDS",
     help="seconds after which no other group starts; 420 for --preset gpu",
   )
   add("--json", type=pathlib.Path, help="write the results to this file")
@@ -61,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if (args.preset is None) == (args.models is None):
     parser.error("pass either --preset or --models")
-  if min([*args.sizes, *args.batches, args.rounds]) < 1:
-    parser.error("--sizes, --batches and --rounds must be positive")
-  plans = cases.PRESETS[args.preset] if args.preset else [_plan(args)]
   on_gpu = jax.default_backend() == "gpu"
+  if args.flash is None:
+    args.flash = on_gpu
+  plans = cases.PRESETS[args.preset] if args.preset else [_plan(args)]
   if not on_gpu and any(p.flash or p.precision == "tf32" for p in plans):
     print(
       "error: flash attention and tf32 need an NVIDIA GPU, and JAX sees only "
@@ -76,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   limit = args.time_limit
   if limit is None:
     limit = 420.0 if args.preset == "gpu" else float("inf")
+  try:  # Before the minutes that it takes, not after.
+    if args.plots:
+      optional.require("matplotlib", extra="plot")
+      args.plots.mkdir(parents=True, exist_ok=True)
+    if args.json:
+      args.json.touch()
+  except (OSError, ModuleNotFoundError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   rows, skipped = _measure(plans, args.rounds, limit, args.json)
   print("\n" + report.markdown(rows))
   print("\n" + report.growth(rows))
@@ -105,7 +122,7 @@ def _measure(
   path: pathlib.Path | None,
 ) -> tuple[list[measure.Row], int]:
   """All rows, and how many groups the time limit left out."""
-  facts = bench_compare.environment()
+  facts = bench_compare.environment() | {"cores": str(os.cpu_count())}
   print("  ".join(f"{key} {value}" for key, value in facts.items()))
   groups = [group for plan in plans for group in cases.groups(plan)]
   start, rows, done = time.monotonic(), [], 0
@@ -117,12 +134,7 @@ def _measure(
       print(_line(row), flush=True)
     done += 1
     if path is not None:  # After every group: a killed process loses one.
-      content = {
-        "environment": facts,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "groups_left_out": len(groups) - done,
-      }
-      path.write_text(json.dumps(content, indent=2) + "\n")
+      report.write(path, facts, rows, len(groups) - done)
   return rows, len(groups) - done
 
 

@@ -74,7 +74,15 @@ class Plan:
 PRESETS: Final[Mapping[str, Sequence[Plan]]] = {
   "cpu": (
     Plan(
-      models=("vim_tiny", "mambavision_tiny"), sizes=(128, 224), batches=(1,)
+      models=("vim_tiny",),
+      sizes=(224, 512, 1248),
+      batches=(1,),
+      modes=("inference",),
+    ),
+    Plan(
+      models=("vim_tiny", "vmamba_tiny_s1l8", "mambavision_tiny"),
+      sizes=(224,),
+      batches=(8,),
     ),
   ),
   # The most wanted first: a time limit cuts from the end.

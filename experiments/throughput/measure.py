@@ -36,6 +36,8 @@ class Row:
     compile_s: Tracing and compilation, in seconds.
     argument_bytes: Parameters and images, by the compiler's account.
     temp_bytes: What the program needs beside arguments and results.
+    peak_bytes: Arguments, results and temporary memory together, by the
+      compiler's account; an array that is updated in place counts once.
     device_peak_bytes: The device's own account of the most that was in use;
       None where there is none, or where earlier cases had needed more.
   """
@@ -48,6 +50,7 @@ class Row:
   compile_s: float | None = None
   argument_bytes: int | None = None
   temp_bytes: int | None = None
+  peak_bytes: int | None = None
   device_peak_bytes: int | None = None
 
 
@@ -59,6 +62,7 @@ class _Program:
   compile_s: float
   argument_bytes: int
   temp_bytes: int
+  peak_bytes: int
   device_peak_bytes: int | None
 
 
@@ -101,6 +105,7 @@ def _row(case: cases.Case, program: _Program, times: Sequence[float]) -> Row:
     compile_s=program.compile_s,
     argument_bytes=program.argument_bytes,
     temp_bytes=program.temp_bytes,
+    peak_bytes=program.peak_bytes,
     device_peak_bytes=program.device_peak_bytes,
   )
 
@@ -166,11 +171,14 @@ def _compile(case: cases.Case) -> _Program:
 
   jax.block_until_ready(step())  # Warms up, and fails here if it does not fit.
   peak, memory = _peak(), _memory(compiled)
+  arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return _Program(
     step=step,
     compile_s=seconds,
-    argument_bytes=memory.argument_size_in_bytes,
-    temp_bytes=memory.temp_size_in_bytes,
+    argument_bytes=arguments,
+    temp_bytes=temp,
+    peak_bytes=arguments + results + temp,
     device_peak_bytes=peak if peak is not None and peak != before else None,
   )
 

@@ -1,8 +1,9 @@
 """Tables, growth exponents and plots of measured rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
+import json
 import pathlib
 from typing import Any
 
@@ -20,10 +21,35 @@ _COLUMNS = (
   "dtype",
   "images/s",
   "ms (quartiles)",
-  "temp MiB",
+  "peak MiB",
   "against DeiT",
   "compile s",
 )
+
+
+def write(
+  path: pathlib.Path,
+  environment: Mapping[str, Any],
+  rows: Sequence[measure.Row],
+  groups_left_out: int,
+) -> None:
+  """Writes what was measured, and where, as JSON."""
+  content = {
+    "environment": dict(environment),
+    "rows": [dataclasses.asdict(row) for row in rows],
+    "groups_left_out": groups_left_out,
+  }
+  path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], list[measure.Row]]:
+  """The environment and the rows of what `write` wrote."""
+  content = json.loads(path.read_text())
+  rows = []
+  for fields in content["rows"]:
+    case = cases.Case(**fields.pop("case"))
+    rows.append(measure.Row(case=case, **fields))
+  return content["environment"], rows
 
 
 def markdown(rows: Sequence[measure.Row]) -> str:
@@ -40,17 +66,24 @@ def _cells(row: measure.Row, rows: Sequence[measure.Row]) -> list[str]:
   case = row.case
   dtype = case.dtype + (f", {case.precision}" if case.precision else "")
   head = [case.label, str(case.size), str(case.batch), case.mode, dtype]
-  if row.median_s is None or row.quartiles_s is None or row.temp_bytes is None:
+  speed, peak = row.images_per_second, row.peak_bytes
+  if row.median_s is None or not row.quartiles_s or not speed or not peak:
     return [*head, row.error or "", *[""] * (len(_COLUMNS) - 6)]
   low, high = (f"{1e3 * x:.1f}" for x in row.quartiles_s)
   return [
     *head,
-    f"{row.images_per_second:.1f}",
+    f"{speed:.{1 if speed >= 10 else 2}f}",
     f"{1e3 * row.median_s:.1f} ({low} to {high})",
-    f"{row.temp_bytes / 2**20:.0f}",
+    _peak(peak, row.device_peak_bytes),
     _against_baseline(row, rows),
     f"{row.compile_s:.1f}",
   ]
+
+
+def _peak(compiler: int, device: int | None) -> str:
+  """MiB by the compiler's account, and by the device's where it has one."""
+  text = f"{compiler / 2**20:.0f}"
+  return text + (f" (device {device / 2**20:.0f})" if device else "")
 
 
 def _against_baseline(row: measure.Row, rows: Sequence[measure.Row]) -> str:
@@ -62,10 +95,10 @@ def _against_baseline(row: measure.Row, rows: Sequence[measure.Row]) -> str:
   for base in rows:
     if case.attention or base.case != wanted:
       continue
-    if base.median_s and row.median_s and base.temp_bytes and row.temp_bytes:
+    if base.median_s and row.median_s and base.peak_bytes and row.peak_bytes:
       return (
         f"{base.median_s / row.median_s:.2f}x speed, "
-        f"{row.temp_bytes / base.temp_bytes:.2f}x memory"
+        f"{row.peak_bytes / base.peak_bytes:.2f}x memory"
       )
   return ""
 
@@ -119,40 +152,52 @@ def _axes(**options: Any) -> tuple[Any, Any]:
   # Not pyplot: a figure of its own needs no display and leaves no state.
   optional.require("matplotlib", extra="plot")
   module = optional.require("matplotlib.figure", extra="plot")
-  figure = module.Figure(layout="constrained", figsize=(8, 5))
+  figure = module.Figure(layout="constrained", figsize=(6, 4))
   ax = figure.subplots()
   ax.grid(alpha=0.3)
   ax.set(**options)
+  for axis in (ax.xaxis, ax.yaxis):  # 20, not 2 x 10^1.
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
   return figure, ax
 
 
 def plots(rows: Sequence[measure.Row], folder: pathlib.Path) -> list[str]:
   """Draws throughput and memory by image size, and accuracy by throughput.
 
+  The first two show what was measured at several sizes, or all if nothing was;
+  the last inference at the size that the accuracy was published for.
+
   Returns:
     The names of the PNG files in `folder`.
   """
   folder.mkdir(parents=True, exist_ok=True)
+  series = _series(rows)
+  growing = [(name, group) for name, group in series if len(group) > 1]
   names = []
   for name, title, value in (
     ("throughput.png", "images/s", lambda row: row.images_per_second),
-    ("memory.png", "temporary MiB", lambda row: row.temp_bytes / 2**20),
+    ("memory.png", "peak memory, MiB", lambda row: row.peak_bytes / 2**20),
   ):
     figure, ax = _axes(
       xlabel="side of the image", ylabel=title, xscale="log", yscale="log"
     )
-    for label, series in _series(rows):
-      sizes = [row.case.size for row in series]
-      ax.plot(sizes, [value(row) for row in series], "o-", label=label)
+    for label, group in growing or series:
+      sizes = [row.case.size for row in group]
+      ax.plot(sizes, [value(row) for row in group], "o-", label=label)
+    sizes = sorted({row.case.size for _, group in series for row in group})
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.set_xticks([], minor=True)
     _finish(figure, ax, folder / name)
     names.append(name)
   figure, ax = _axes(
     xlabel="images/s (measured)", ylabel="top-1 % (published)", xscale="log"
   )
-  for label, series in _series(rows):
-    variant = vimjax.get_variant(series[0].case.model)
-    at = [r for r in series if r.case.size == variant.preprocessing.size]
-    if at and variant.pretrained is not None:
+  for label, group in series:
+    variant = vimjax.get_variant(group[0].case.model)
+    at = [r for r in group if r.case.size == variant.preprocessing.size]
+    is_inference = group[0].case.mode == "inference"
+    if at and is_inference and variant.pretrained is not None:
       top1 = variant.pretrained.top1
       ax.plot([at[0].images_per_second], [top1], "o", label=label)
   _finish(figure, ax, folder / "accuracy.png")
@@ -162,4 +207,4 @@ def plots(rows: Sequence[measure.Row], folder: pathlib.Path) -> list[str]:
 def _finish(figure: Any, ax: Any, path: pathlib.Path) -> None:
   if ax.get_legend_handles_labels()[0]:
     ax.legend(fontsize=7)
-  figure.savefig(path, dpi=120)
+  figure.savefig(path, dpi=100)

@@ -29,6 +29,7 @@ def _row(model="vim_tiny", size=224, seconds=1.0, attention=None, **values):
     compile_s=3.0,
     argument_bytes=2**20,
     temp_bytes=2**20 * size,
+    peak_bytes=2**21 * size,
   )
   return measure.Row(case=case, **(measured | values))
 
@@ -72,7 +73,8 @@ def test_flash_attention_stands_beside_bfloat16_rows_only():
 
 
 def test_cases_become_models():
-  vim = cases.groups(cases.PRESETS["cpu"][0])[0][0]
+  vim, deit = cases.groups(cases.PRESETS["cpu"][0])[0]
+  assert deit.attention == "materialised"
   model = measure.build(dataclasses.replace(vim, dtype="bfloat16", size=96))
   assert (type(model), model.image_size) == (vimjax.Vim, 96)
   assert model.dtype == jnp.bfloat16
@@ -102,8 +104,11 @@ def test_command_measures_reports_and_draws(small_models, tmp_path, capsys):
     low, high = row["quartiles_s"]
     assert 0 < low <= row["median_s"] <= high
     assert row["images_per_second"] == pytest.approx(1 / row["median_s"])
-    assert row["temp_bytes"] > 0
+    assert row["peak_bytes"] > row["temp_bytes"] > 0
     assert row["case"]["precision"] == "full"
+  facts, measured = report.read(path)
+  assert facts == content["environment"]
+  assert report.markdown(measured) in out
   assert out.count("| vim_tiny |") == 4
   assert out.count("x speed") == 4
   assert "vim_tiny, training, float32, full, batch 1: time grows as" in out
@@ -143,11 +148,16 @@ def test_what_does_not_fit_gets_a_row(monkeypatch):
   )
 
 
+def test_the_device_has_an_account_of_its_own():
+  row = _row(seconds=2.0, device_peak_bytes=500 * 2**20)
+  assert "| 448 (device 500) |" in report.markdown([row])
+
+
 def test_report_compares_with_materialised_attention():
   rows = [
     _row(seconds=2.0),
     _row(
-      "deit_tiny", seconds=4.0, attention="materialised", temp_bytes=448 * 2**20
+      "deit_tiny", seconds=4.0, attention="materialised", peak_bytes=896 * 2**20
     ),
   ]
   vim, deit = report.markdown(rows).splitlines()[2:]
@@ -171,8 +181,22 @@ def test_gpu_options_without_a_gpu_are_one_clean_line(argv, capsys):
   assert "need an NVIDIA GPU" in capsys.readouterr().err
 
 
+def test_files_that_cannot_be_written_are_told_before_measuring(
+  tmp_path, capsys
+):
+  argv = ["--models", "vim_tiny", "--json", str(tmp_path / "no" / "x.json")]
+  assert throughput.main(argv) == 1
+  assert "error: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-  "argv", [[], ["--models", "vim_tiny", "--preset", "cpu"], ["--models", "x"]]
+  "argv",
+  [
+    [],
+    ["--models", "vim_tiny", "--sizes", "0"],
+    ["--models", "vim_tiny", "--preset", "cpu"],
+    ["--models", "x"],
+  ],
 )
 def test_wrong_command_lines(argv):
   with pytest.raises(SystemExit) as error:
