@@ -27,7 +27,7 @@ import ml_collections
 import numpy as np
 
 from experiments.datasets import imagenet, imagenet_v2, records
-from experiments.imagenet import errors, input_pipeline, steps
+from experiments.imagenet import errors, input_pipeline, sharding, steps
 from experiments.imagenet import run as run_lib
 from experiments.imagenet.configs import _base
 import vimjax
@@ -133,7 +133,7 @@ def evaluate(
   Returns:
     As `steps.evaluate`, and `unreadable`, the number of images left out.
   """
-  mesh = steps.make_mesh()
+  mesh = sharding.make_mesh()
   table = label_table(
     input_pipeline.class_names(config, split),
     config.model.overrides.num_classes,
@@ -151,7 +151,7 @@ def evaluate(
 
   with jax.set_mesh(mesh):
     variables = jax.device_put(
-      jax.device_get(variables), steps.replicated(mesh)
+      jax.device_get(variables), sharding.replicated(mesh)
     )
     eval_step = steps.make_eval_step(model, config, mesh)
     values = steps.evaluate(eval_step, variables, batches())

@@ -65,6 +65,11 @@ COMMANDS = {
   "python -m experiments.input_bench": (
     "tests/experiments/input_bench_test.py"
   ),
+  # In two processes on one machine, with a tiny model.
+  f"{_TRAIN} vim_tiny --workdir runs/vim_tiny --coordinator host0:4321 "
+  "--num_processes 2 --process_id 0": "tests/experiments/multihost_test.py",
+  f"{_TRAIN} vim_tiny --workdir runs/vim_tiny --coordinator host0:4321 "
+  "--num_processes 2 --process_id 1": "tests/experiments/multihost_test.py",
   # Without ImageNet it can only say what is missing.
   f"{_TRAIN} vim_tiny --workdir runs/vim_tiny": "--config vim_tiny --workdir",
 }

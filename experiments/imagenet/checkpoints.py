@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 import orbax.checkpoint as ocp
 
-from experiments.imagenet import errors, steps
+from experiments.imagenet import agreement, distributed, errors
+from experiments.imagenet import state as state_lib
 
 
 @dataclasses.dataclass
@@ -74,7 +75,7 @@ def _checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
   return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-def checksums(state: steps.State, record: Record) -> dict[str, int]:
+def checksums(state: state_lib.State, record: Record) -> dict[str, int]:
   """One number per part of a checkpoint; equal exactly if the bits are."""
   sums = {"record": zlib.crc32(_dumps(record).encode())}
   for field in dataclasses.fields(state):
@@ -137,7 +138,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-    if self._manager is None:
+    if self._manager is None or distributed.lost_peer(error):
       return
     try:
       self._manager.wait_until_finished()
@@ -154,11 +155,13 @@ class Checkpoints:
     names = [p.name for p in self.folder.iterdir() if p.is_dir()]
     return sorted((int(n) for n in names if n.isdecimal()), reverse=True)
 
-  def restore(self, shapes: steps.State) -> tuple[steps.State, Record] | None:
+  def restore(
+    self, shapes: state_lib.State
+  ) -> tuple[state_lib.State, Record] | None:
     """Restores the newest sound checkpoint, as the module's docstring says.
 
     Args:
-      shapes: From `steps.state_shapes`.
+      shapes: From `state.state_shapes`.
 
     Returns:
       The state and its record, or None if there is no checkpoint at all.
@@ -167,7 +170,7 @@ class Checkpoints:
       errors.CheckpointError: There are checkpoints, and none is sound.
     """
     damaged = {}
-    for step in self.saved_steps():
+    for step in agreement.gather(self.saved_steps())[0]:
       restored = self.restore_step(step, shapes)
       if isinstance(restored, str):
         damaged[step] = restored
@@ -188,33 +191,54 @@ class Checkpoints:
     return None
 
   def restore_step(
-    self, step: int, shapes: steps.State
-  ) -> tuple[steps.State, Record] | str:
+    self, step: int, shapes: state_lib.State
+  ) -> tuple[state_lib.State, Record] | str:
     """Restores one checkpoint, if it is what was saved.
 
     Args:
       step: Which one.
-      shapes: From `steps.state_shapes`.
+      shapes: From `state.state_shapes`.
 
     Returns:
       The state and its record; or the reason why the checkpoint is not sound.
     """
+    out, reason = None, None
     with _quiet():
       try:
-        return self._read(step, shapes)
+        out = self._read(step, shapes)
       except Exception as error:  # Orbax has many kinds for damaged files.
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0][:200]}"
-      # What is left of the failed reads must go before the silence ends.
-      time.sleep(0.5)
-      gc.collect()
-      return reason
+      if out is None:
+        # What is left of the failed reads must go before the silence ends.
+        time.sleep(0.5)
+        gc.collect()
+    reasons = [x for x in agreement.gather(reason) if x is not None]
+    if reasons or out is None:
+      return reasons[0]
+    state, record, wanted = out
+    found = checksums(state, record)
+    wrong = [name for name in found if found[name] != wanted.get(name)]
+    if wrong or record.step != step:
+      return f"its content was changed since it was saved ({', '.join(wrong)})"
+    return state, record
 
-  def _read(self, step: int, shapes: steps.State) -> tuple[steps.State, Record]:
+  def _read(
+    self, step: int, shapes: state_lib.State
+  ) -> tuple[state_lib.State, Record, dict[str, int]]:
+    """This process's part of the arrays, the record, and the checksums."""
+    # Alone, so that a process that cannot read keeps no other one waiting.
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
     reader = ocp.Checkpointer(
       ocp.CompositeCheckpointHandler(
-        state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
-      )
+        state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+      ),
+      multiprocessing_options=alone,
     )
     with reader:
       out = reader.restore(
@@ -224,17 +248,10 @@ class Checkpoints:
           meta=ocp.args.JsonRestore(),
         ),
       )
-    record = Record(**out["meta"]["record"])
-    found = checksums(out["state"], record)
-    wanted = out["meta"]["checksums"]
-    wrong = [name for name in found if found[name] != wanted.get(name)]
-    if wrong or record.step != step:
-      raise errors.CheckpointError(
-        f"its content was changed since it was saved ({', '.join(wrong)})"
-      )
-    return out["state"], record
+    meta = out["meta"]
+    return out["state"], Record(**meta["record"]), meta["checksums"]
 
-  def save(self, state: steps.State, record: Record) -> None:
+  def save(self, state: state_lib.State, record: Record) -> None:
     """Starts saving; returns once the arrays are copied off the devices.
 
     Args:

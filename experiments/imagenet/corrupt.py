@@ -8,7 +8,11 @@ from experiments.imagenet import errors
 
 
 class Corrupt:
-  """Counts unreadable images, each record once, and stops at the limit."""
+  """Counts unreadable images, each record once, and stops at the limit.
+
+  Attributes:
+    has_new: Whether any were seen since the last `check`.
+  """
 
   def __init__(self, limit: int, seen: Mapping[str, list[int]]):
     """Continues a count.
@@ -19,13 +23,23 @@ class Corrupt:
     """
     self._limit = limit
     self._seen = {split: set(ids) for split, ids in seen.items()}
+    self.has_new = False
 
   def see(self, split: str, batch: Mapping[str, np.ndarray]) -> None:
-    """Takes note of a batch; raises CorruptDataError beyond the limit."""
+    """Takes note of a batch; `check` is for when all processes know of it."""
     ids = batch["index"][batch["corrupt"]]
-    if not len(ids):
-      return
-    self._seen.setdefault(split, set()).update(ids.tolist())
+    known = self._seen.setdefault(split, set()) if len(ids) else set()
+    self.has_new |= not known.issuperset(ids.tolist())
+    known.update(ids.tolist())
+
+  def add(self, seen: Mapping[str, list[int]]) -> None:
+    """Adds what another process has met, from its `by_split`."""
+    for split, ids in seen.items():
+      self._seen.setdefault(split, set()).update(ids)
+
+  def check(self) -> None:
+    """Raises CorruptDataError beyond the limit; nothing is new afterwards."""
+    self.has_new = False
     if self.count > self._limit:
       raise errors.CorruptDataError(
         f"{self.count} images are unreadable, more than "

@@ -2,6 +2,8 @@
 
 import enum
 
+from experiments.datasets import records
+
 
 class ExitCode(enum.IntEnum):
   """Exit status of `python -m experiments.imagenet`.
@@ -18,6 +20,7 @@ class ExitCode(enum.IntEnum):
   CANNOT_CREATE = 73  # The workdir cannot be used, or another run uses it.
   IO_ERROR = 74  # Disk full, or another error of reading or writing.
   INTERRUPTED = 75  # Stopped by a signal after saving: run it again.
+  PEER_LOST = 76  # Another process of the run ended, or is out of reach.
   CONFIG_CONFLICT = 78  # The workdir belongs to another configuration.
 
 
@@ -79,7 +82,42 @@ class InterruptedRunError(RunError):
   exit_code = ExitCode.INTERRUPTED
 
 
+class PeerLostError(RunError):
+  """Another process of the run ended, or cannot be reached."""
+
+  exit_code = ExitCode.PEER_LOST
+
+
+class OtherProcessError(RunError):
+  """What another process cannot go on for, this one cannot either."""
+
+  def __init__(self, process: int, exit_code: int, message: str):
+    """Repeats an error.
+
+    Args:
+      process: Where it happened.
+      exit_code: What it ends that process with.
+      message: What that process says.
+    """
+    super().__init__(f"Process {process}: {message}")
+    self.exit_code = ExitCode(exit_code)
+
+
 class ConflictError(RunError):
   """The working directory holds a run of an incompatible configuration."""
 
   exit_code = ExitCode.CONFIG_CONFLICT
+
+
+def exit_code(error: Exception) -> ExitCode | None:
+  """What a run ends with after an error; None for a defect of this program."""
+  match error:
+    case RunError():
+      return error.exit_code
+    case records.MissingDataError():
+      return ExitCode.NO_INPUT
+    case records.DataError():
+      return ExitCode.BAD_DATA
+    case OSError():
+      return ExitCode.IO_ERROR
+  return None

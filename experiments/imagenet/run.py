@@ -13,13 +13,16 @@ import ml_collections
 import optax
 
 from experiments.imagenet import (
+  agreement,
   checkpoints,
   errors,
   input_pipeline,
   interrupts,
   optimizer,
+  sharding,
   steps,
 )
+from experiments.imagenet import state as state_lib
 import vimjax
 from vimjax import optional, registry
 
@@ -78,7 +81,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     errors.ConfigError: Names the field, what it must be and what it is.
     errors.MissingPackageError: A field needs a package that is not installed.
   """
-  c, devices = config, jax.device_count()
+  c = config
+  try:
+    sizes = sharding.axis_sizes(**c.mesh, devices=jax.device_count())
+  except ValueError as error:
+    raise errors.ConfigError(f"config.mesh: {error}") from error
+  # Between these the images of a batch are divided.
+  devices = sizes[sharding.DATA] * sizes[sharding.FSDP]
   dtype = c.model.overrides.dtype
   problems = [
     f"config.{name}={value!r} must be {wanted}."
@@ -101,7 +110,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       (
         "accumulation_steps",
         c.accumulation_steps,
-        "positive, and dividing the batch into parts for all devices",
+        f"positive, and dividing the batch into parts for {devices} devices",
         c.accumulation_steps > 0
         and c.batch_size % (devices * c.accumulation_steps) == 0,
       ),
@@ -156,7 +165,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         (
           name,
           c[name],
-          f"a multiple of the {devices} devices",
+          f"a multiple of the {devices} devices "
+          "(config.mesh.data x config.mesh.fsdp) that share its images",
           c[name] % devices == 0,
         )
         for name in ("batch_size", "eval_batch_size")
@@ -164,6 +174,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     )
     if not holds
   ]
+  if sizes[sharding.SEQUENCE] > 1 and not _splits_tokens(c):
+    problems.append(
+      f"config.mesh.sequence={c.mesh.sequence} must be 1 for "
+      f"{c.model.name!r}: only Vim's layers can pass the state of their scan "
+      "from device to device. config.mesh.fsdp and config.accumulation_steps "
+      "save memory with every model."
+    )
   if problems:
     raise errors.ConfigError("\n".join(problems))
   for name, wanted, package, extra in (
@@ -177,6 +194,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise errors.MissingPackageError(
           f"config.{name}={wanted!r}: {error}"
         ) from error
+
+
+def _splits_tokens(config: ml_collections.ConfigDict) -> bool:
+  """Whether the tokens of the model can be divided over devices."""
+  if config.model.name not in vimjax.list_models():
+    return True  # `make_model` has more to say about that.
+  return vimjax.get_variant(config.model.name).module is vimjax.Vim
 
 
 def fill_in(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -233,12 +257,14 @@ class Run:
   plan: Plan
   model: nn.Module
   tx: optax.GradientTransformation
-  train_step: Callable[[steps.State, steps.Batch], tuple[steps.State, Any]]
+  train_step: Callable[
+    [state_lib.State, steps.Batch], tuple[state_lib.State, Any]
+  ]
   eval_step: Callable[[Any, steps.Batch], steps.Metrics]
   checkpoints: checkpoints.Checkpoints
-  interrupt: interrupts.Interrupt
+  poll: agreement.Poll
 
-  def eval_variables(self, state: steps.State) -> dict[str, Any]:
+  def eval_variables(self, state: state_lib.State) -> dict[str, Any]:
     """The variables that `config.eval_weights` chooses."""
     return state.variables(self.config.eval_weights)
 
@@ -255,7 +281,7 @@ def prepare(
   Args:
     config: The run's configuration.
     folder: The run's folder.
-    mesh: From `steps.make_mesh`.
+    mesh: From `sharding.make_mesh`.
     saved: The run's checkpoints.
     interrupt: From `interrupts.watch`.
 
@@ -278,7 +304,7 @@ def prepare(
     schedule = optimizer.make_schedule(config, plan.steps_per_epoch)
     tx = optimizer.make_optimizer(config, schedule)
     # Traces the model: a wrong image size is found here, not after the data.
-    steps.state_shapes(model, tx, config, mesh)
+    state_lib.state_shapes(model, tx, config, mesh)
   except (TypeError, ValueError) as error:
     logging.debug("configuration", exc_info=True)
     raise errors.ConfigError(str(error)) from error
@@ -294,5 +320,5 @@ def prepare(
     ),
     eval_step=steps.make_eval_step(model, config, mesh),
     checkpoints=saved,
-    interrupt=interrupt,
+    poll=agreement.Poll(mesh, interrupt),
   )

@@ -116,6 +116,15 @@ def claim(workdir: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     yield folder
 
 
+def check_shared(folder: pathlib.Path) -> None:
+  """Raises WorkdirError if this process does not see what the first made."""
+  if not (folder / ".lock").exists():
+    raise errors.WorkdirError(
+      f"{folder} is not there on {platform.node()}: --workdir must be on a "
+      "file system that all processes share."
+    )
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a file that is either complete or not there."""
   temporary = path.with_name(path.name + ".tmp")

@@ -1,4 +1,4 @@
-"""The training state and the two compiled steps, on a mesh of all devices.
+"""The two compiled steps, on a mesh of all devices.
 
 Axis letters: b images of the whole batch, h and w pixels, k classes.
 """
@@ -8,160 +8,20 @@ import dataclasses
 from typing import Any
 
 from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt32
+from jaxtyping import Array, Float, Shaped, UInt8
 import ml_collections
 import numpy as np
 import optax
 
-from experiments.imagenet import mixing, optimizer
+from experiments.imagenet import mixing, optimizer, sharding
+from experiments.imagenet import state as state_lib
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 # What the key of mixing is folded with, apart from the numbers of the parts.
 _MIX = 2**31
-
-
-@struct.dataclass
-class State:
-  """Everything that a checkpoint restores.
-
-  Attributes:
-    step: Steps taken so far.
-    params: The model's parameters.
-    opt_state: The optimiser's state.
-    ema_params: Running average of `params`, or None.
-    rng: Raw key that every step's randomness is derived from.
-    batch_stats: Running statistics of batch norms, or None without any.
-    ema_batch_stats: Their running average; as in timm, it follows the same
-      rule as that of the parameters. None without batch norms or average.
-  """
-
-  step: Int[Array, ""]
-  params: Any
-  opt_state: Any
-  ema_params: Any
-  rng: UInt32[Array, "2"]
-  batch_stats: Any = None
-  ema_batch_stats: Any = None
-
-  def variables(self, weights: str = "model") -> dict[str, Any]:
-    """What `model.apply` takes, of the "model" or of its average, "ema"."""
-    params, stats = self.params, self.batch_stats
-    if weights == "ema":
-      params, stats = self.ema_params, self.ema_batch_stats
-    return _variables(params, stats)
-
-
-def _variables(params: Any, batch_stats: Any) -> dict[str, Any]:
-  if batch_stats is None:
-    return {"params": params}
-  return {"params": params, "batch_stats": batch_stats}
-
-
-def make_mesh() -> jax.sharding.Mesh:
-  """One axis, "data", over all devices."""
-  # Auto: linen's own annotations and the compiler place what we do not.
-  return jax.make_mesh(
-    (jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)
-  )
-
-
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The placement of the state: a copy on every device."""
-  return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharded(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The placement of a batch: its first axis divided over the devices."""
-  return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def state_shapes(
-  model: nn.Module,
-  tx: optax.GradientTransformation,
-  config: ml_collections.ConfigDict,
-  mesh: jax.sharding.Mesh,
-) -> State:
-  """Shape, dtype and placement of every array of the state, for `restore`."""
-  shapes = jax.eval_shape(lambda: _init(model, tx, config))
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-    shapes,
-  )
-
-
-def make_state(
-  model: nn.Module,
-  tx: optax.GradientTransformation,
-  config: ml_collections.ConfigDict,
-  mesh: jax.sharding.Mesh,
-) -> State:
-  """A new state, created in its place on the mesh.
-
-  Args:
-    model: Maps normalised images to logits.
-    tx: From `optimizer.make_optimizer`.
-    config: The run's configuration; `seed` decides every number.
-    mesh: From `make_mesh`.
-
-  Returns:
-    The state of step 0. The average starts at the initial parameters.
-  """
-  init = jax.jit(
-    lambda: _init(model, tx, config), out_shardings=replicated(mesh)
-  )
-  return init()
-
-
-def with_variables(
-  state: State, variables: Any, mesh: jax.sharding.Mesh
-) -> State:
-  """A new run's state with other initial variables, the averages' too.
-
-  Args:
-    state: From `make_state`.
-    variables: On the host, of the model's shapes.
-    mesh: From `make_mesh`.
-  """
-
-  def put() -> tuple[Any, Any]:
-    # Anew for the average: a training step consumes its arrays.
-    placed = jax.device_put(variables, replicated(mesh))
-    return placed["params"], placed.get("batch_stats")
-
-  params, stats = put()
-  state = dataclasses.replace(state, params=params, batch_stats=stats)
-  if state.ema_params is None:
-    return state
-  params, stats = put()
-  return dataclasses.replace(state, ema_params=params, ema_batch_stats=stats)
-
-
-def _init(
-  model: nn.Module,
-  tx: optax.GradientTransformation,
-  config: ml_collections.ConfigDict,
-) -> State:
-  init_key, run_key = jax.random.split(jax.random.key(config.seed))
-  size = config.data.image_size
-  variables = model.init(init_key, jnp.zeros((1, size, size, 3)))
-  params, stats = variables["params"], variables.get("batch_stats")
-  average = (None, None)
-  if config.ema_decay:
-    average = jax.tree.map(jnp.array, (params, stats))
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=tx.init(params),
-    ema_params=average[0],
-    rng=jax.random.key_data(run_key),
-    batch_stats=stats,
-    ema_batch_stats=average[1],
-  )
 
 
 def _normalise(
@@ -198,7 +58,7 @@ def make_train_step(
   mesh: jax.sharding.Mesh,
   *,
   total_steps: int = 0,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
+) -> Callable[[state_lib.State, Batch], tuple[state_lib.State, Metrics]]:
   """Compiles one step of training.
 
   With `config.accumulation_steps` the batch is worked through in as many parts,
@@ -212,7 +72,7 @@ def make_train_step(
     tx: From `optimizer.make_optimizer`.
     schedule: From `optimizer.make_schedule`; reported, not applied, here.
     config: The run's configuration.
-    mesh: From `make_mesh`.
+    mesh: From `sharding.make_mesh`.
     total_steps: Of the run; `config.mesa.start` is a share of them.
 
   Returns:
@@ -225,7 +85,11 @@ def make_train_step(
   mesa = config.mesa
 
   def loss_fn(
-    params: Any, batch_stats: Any, state: State, part: Any, key: jax.Array
+    params: Any,
+    batch_stats: Any,
+    state: state_lib.State,
+    part: Any,
+    key: jax.Array,
   ) -> tuple[Any, Any]:
     images, targets = part
     logits, batch_stats = _forward(model, params, batch_stats, images, key)
@@ -245,7 +109,7 @@ def make_train_step(
     right = (logits.argmax(-1) == targets.argmax(-1)).mean()
     return loss, (right, batch_stats)
 
-  def gradients(state: State, whole: Any, key: jax.Array) -> Any:
+  def gradients(state: state_lib.State, whole: Any, key: jax.Array) -> Any:
     """Loss, share of right answers, batch statistics and gradients."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     k = config.accumulation_steps
@@ -272,7 +136,9 @@ def make_train_step(
     loss, right, grads = jax.tree.map(lambda x: x / k, sums)
     return loss, right, stats, grads
 
-  def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+  def train_step(
+    state: state_lib.State, batch: Batch
+  ) -> tuple[state_lib.State, Metrics]:
     # Folding in the step, not splitting: a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     images = _normalise(batch["image"], config)
@@ -285,7 +151,13 @@ def make_train_step(
       images, targets = mixing.mix(
         images, targets, jax.random.fold_in(key, _MIX), config
       )
-    loss, accuracy, stats, grads = gradients(state, (images, targets), key)
+    whole = dataclasses.replace(
+      state,
+      params=sharding.put_together(state.params, mesh),
+      ema_params=sharding.put_together(state.ema_params, mesh),
+    )
+    loss, accuracy, stats, grads = gradients(whole, (images, targets), key)
+    grads = sharding.divide(grads, mesh)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average: Any = (state.ema_params, state.ema_batch_stats)
@@ -317,7 +189,11 @@ def make_train_step(
       )
     return dataclasses.replace(new, step=state.step + 1), metrics
 
-  return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
+  placements: Any = sharding.replicated(mesh)
+  if sharding.FSDP in mesh.shape:
+    shapes = state_lib.state_shapes(model, tx, config, mesh)
+    placements = (sharding.shardings(shapes, mesh), placements)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=placements)
 
 
 def _forward(
@@ -325,7 +201,7 @@ def _forward(
 ) -> tuple[Any, Any]:
   """Logits of a training step, and the new batch statistics, if any."""
   rngs = {"drop_path": key}
-  variables = _variables(params, batch_stats)
+  variables = state_lib.as_variables(params, batch_stats)
   if batch_stats is None:
     return model.apply(variables, images, train=True, rngs=rngs), None
   out: Any = model.apply(
@@ -339,8 +215,9 @@ def _parts(
 ) -> Shaped[Array, "k m ..."]:
   """Deals a batch out to k parts in turn, so that nothing changes device."""
   x = x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1)
-  placement = NamedSharding(mesh, PartitionSpec(None, "data"))
-  return jax.lax.with_sharding_constraint(x, placement)
+  return jax.lax.with_sharding_constraint(
+    x, sharding.batch_sharded(mesh, axis=1)
+  )
 
 
 def make_eval_step(
@@ -353,7 +230,7 @@ def make_eval_step(
   Args:
     model: Maps normalised images to logits.
     config: The run's configuration.
-    mesh: From `make_mesh`.
+    mesh: From `sharding.make_mesh`.
 
   Returns:
     A function from variables and a batch with a `mask` to sums over the images
@@ -363,6 +240,7 @@ def make_eval_step(
   """
 
   def eval_step(variables: Any, batch: Batch) -> Metrics:
+    variables = sharding.put_together(variables, mesh)
     logits: Any = model.apply(variables, _normalise(batch["image"], config))
     mask, labels = batch["mask"], batch["label"]
     predicted = logits.argmax(-1)
@@ -379,7 +257,7 @@ def make_eval_step(
       "predicted": predicted,
     }
 
-  return jax.jit(eval_step, out_shardings=replicated(mesh))
+  return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
 
 def evaluate(
@@ -391,7 +269,7 @@ def evaluate(
 
   Args:
     eval_step: From `make_eval_step`.
-    variables: From `State.variables`.
+    variables: From `state.State.variables`.
     batches: From `put_batch`.
 
   Returns:
@@ -425,7 +303,7 @@ def put_batch(
     batch: `image` (b, s, s, 3) uint8, `label` (b,) int32, and for evaluation
       `mask` (b,) bool; other entries stay on the host.
     config: The run's configuration.
-    mesh: From `make_mesh`.
+    mesh: From `sharding.make_mesh`.
 
   Returns:
     Global arrays, divided over the devices by image.
@@ -440,6 +318,8 @@ def put_batch(
     "label": ((b,), np.int32),
     "mask": ((b,), np.bool_),
   }
+  placement = sharding.batch_sharded(mesh)
+  _, parts = sharding.batch_slice(mesh)
   out = {}
   for name, (shape, dtype) in wanted.items():
     if name not in batch:
@@ -450,7 +330,8 @@ def put_batch(
         f"Batch entry {name!r} must be {np.dtype(dtype)} of shape {shape}, "
         f"got {x.dtype} of shape {x.shape}."
       )
-    out[name] = jax.make_array_from_process_local_data(batch_sharded(mesh), x)
+    shape = (parts * b, *x.shape[1:])
+    out[name] = sharding.from_local(x, placement, shape)
   classes = config.model.overrides.num_classes
   low, high = batch["label"].min(), batch["label"].max()
   if low < 0 or high >= classes:

@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from experiments.imagenet import (
+  agreement,
   checkpoints,
   errors,
   input_pipeline,
@@ -26,12 +27,14 @@ from experiments.imagenet import (
   metrics,
   plots,
   rundir,
+  sharding,
   steps,
   wandb_log,
 )
 from experiments.imagenet import corrupt as corrupt_lib
 from experiments.imagenet import initial as initial_lib
 from experiments.imagenet import run as run_lib
+from experiments.imagenet import state as state_lib
 from experiments.imagenet import window as window_lib
 import vimjax
 
@@ -57,12 +60,18 @@ def train_and_evaluate(
     records.DataError: The data set is missing or damaged.
     OSError: A file cannot be read or written.
   """
-  run_lib.check_config(config)
-  config = run_lib.fill_in(config)
+  agreement.check_equal(rundir.flatten(config.to_dict()))
+  agreement.together(lambda: run_lib.check_config(config))
+  config = agreement.together(lambda: run_lib.fill_in(config))
   with contextlib.ExitStack() as stack:
-    folder = stack.enter_context(rundir.claim(workdir))
-    changed = rundir.compare_config(folder, config)
-    result = rundir.read_json(folder / rundir.RESULT)
+    folder = agreement.together(
+      lambda: stack.enter_context(rundir.claim(workdir))
+    )
+    agreement.together(lambda: rundir.check_shared(folder))
+    changed = agreement.on_first(lambda: rundir.compare_config(folder, config))
+    result = agreement.on_first(
+      lambda: rundir.read_json(folder / rundir.RESULT)
+    )
     if result is not None and not changed:
       metrics.say(f"{folder} holds a finished run of this configuration.")
       report(result, folder)
@@ -71,15 +80,19 @@ def train_and_evaluate(
       checkpoints.Checkpoints(folder, keep=config.checkpoint.keep)
     )
     interrupt = stack.enter_context(interrupts.watch())
-    mesh = steps.make_mesh()
+    mesh = sharding.make_mesh(**config.mesh)
     stack.enter_context(jax.set_mesh(mesh))
-    run = run_lib.prepare(config, folder, mesh, saved, interrupt)
+    run = agreement.together(
+      lambda: run_lib.prepare(config, folder, mesh, saved, interrupt)
+    )
     state, record, initial = start(run)
-    rundir.record_config(
-      folder, config, step=record.step, changed=changed, initial=initial
+    agreement.together(
+      lambda: rundir.record_config(
+        folder, config, step=record.step, changed=changed, initial=initial
+      )
     )
     # From an earlier configuration: if this one is cut off, it has no result.
-    rundir.discard_result(folder)
+    agreement.together(lambda: rundir.discard_result(folder))
     state, record = train(run, state, record)
     result = finish(run, state, record)
     report(result, folder)
@@ -88,7 +101,7 @@ def train_and_evaluate(
 
 def start(
   run: run_lib.Run,
-) -> tuple[steps.State, checkpoints.Record, dict[str, Any] | None]:
+) -> tuple[state_lib.State, checkpoints.Record, dict[str, Any] | None]:
   """The state to go on from: the newest sound checkpoint, or a new one.
 
   Returns:
@@ -100,16 +113,19 @@ def start(
   """
   data = run.config.data
   examples = input_pipeline.num_examples(run.config, data.train_split)
-  shapes = steps.state_shapes(run.model, run.tx, run.config, run.mesh)
+  agreement.check_equal({"training images": examples})
+  shapes = state_lib.state_shapes(run.model, run.tx, run.config, run.mesh)
   total = run.plan.total_steps
   restored = run.checkpoints.restore(shapes)
   if restored is None:
-    state = steps.make_state(run.model, run.tx, run.config, run.mesh)
+    state = state_lib.make_state(run.model, run.tx, run.config, run.mesh)
     initial = None
     if run.config.init_from:
       with jax.transfer_guard_host_to_device("allow"):
-        variables, initial = initial_lib.load(run.config, run.model)
-        state = steps.with_variables(state, variables, run.mesh)
+        variables, initial = agreement.together(
+          lambda: initial_lib.load(run.config, run.model)
+        )
+        state = state_lib.with_variables(state, variables, run.mesh)
       metrics.say(
         f"initial weights: {initial['path']} (licence: "
         f"{initial['license'] or 'unknown'})"
@@ -133,8 +149,8 @@ def start(
 
 
 def train(
-  run: run_lib.Run, state: steps.State, record: checkpoints.Record
-) -> tuple[steps.State, checkpoints.Record]:
+  run: run_lib.Run, state: state_lib.State, record: checkpoints.Record
+) -> tuple[state_lib.State, checkpoints.Record]:
   """Trains to the last step, evaluating and saving on the way.
 
   Args:
@@ -165,18 +181,22 @@ def train(
     def validate() -> None:
       if not plan.evaluates(record.step):
         return
-      if record.evaluated_step != record.step and not run.interrupt.received:
+      if record.evaluated_step != record.step and not run.poll.stop:
         with progress.paused():
           _validate(run, state, record, corrupt, writer, progress)
 
     # A run that was interrupted in an evaluation resumes with it.
     validate()
     step = record.step
-    batches = input_pipeline.train_batches(config, start_step=step)
-    while step < plan.total_steps and not run.interrupt.received:
+    part, parts = sharding.batch_slice(run.mesh)
+    batches = input_pipeline.train_batches(
+      config, start_step=step, process_index=part, process_count=parts
+    )
+    while step < plan.total_steps and not run.poll.stop:
       with progress.waiting():
         batch = next(batches)
       corrupt.see("train", batch)
+      run.poll.take(corrupt)
       if not step:
         writer.images(step, "train/images", batch["image"])
       state, numbers = run.train_step(
@@ -186,12 +206,14 @@ def train(
       window.add(step, numbers)
       if plan.evaluates(step) or plan.saves(step):
         window.drain()
+        run.poll.drain(corrupt)
         record.step = step
         validate()
         if plan.saves(step) or record.best_step == step:
           record.corrupt = corrupt.by_split()
           run.checkpoints.save(state, record)
     window.drain()
+    run.poll.drain(corrupt)
     record.step = step
     record.corrupt = corrupt.by_split()
     run.checkpoints.save(state, record)
@@ -214,16 +236,16 @@ def _writer(run: run_lib.Run, step: int) -> metrics.Writer:
 
 
 def _stop_if_interrupted(run: run_lib.Run, step: int) -> None:
-  if run.interrupt.received:
+  if run.poll.stop:
     raise errors.InterruptedRunError(
-      f"Stopped by {run.interrupt.received}; saved at step {step} of "
+      f"Stopped by {run.poll.stop}; saved at step {step} of "
       f"{run.plan.total_steps}. Run the same command again to go on."
     )
 
 
 def _validate(
   run: run_lib.Run,
-  state: steps.State,
+  state: state_lib.State,
   record: checkpoints.Record,
   corrupt: corrupt_lib.Corrupt,
   writer: metrics.Writer,
@@ -233,7 +255,7 @@ def _validate(
   values = steps.evaluate(
     run.eval_step, run.eval_variables(state), _eval_batches(run, split, corrupt)
   )
-  if run.interrupt.received:
+  if run.poll.stop:
     return
   if not np.isfinite(values["loss"]):
     raise window_lib.non_finite(
@@ -260,15 +282,26 @@ def _eval_batches(
   run: run_lib.Run, split: str, corrupt: corrupt_lib.Corrupt
 ) -> Iterator[steps.Batch]:
   """Every image of `split` once, on the devices; ends early on a signal."""
-  for batch in input_pipeline.eval_batches(run.config, split):
+  for batch in _host_batches(run, split):
     corrupt.see(split, batch)
     yield steps.put_batch(batch, run.config, run.mesh)
-    if run.interrupt.received:
+    run.poll.take(corrupt)
+    if run.poll.stop:
       return
+  run.poll.drain(corrupt)
+
+
+def _host_batches(
+  run: run_lib.Run, split: str
+) -> Iterator[input_pipeline.Batch]:
+  part, parts = sharding.batch_slice(run.mesh)
+  return input_pipeline.eval_batches(
+    run.config, split, process_index=part, process_count=parts
+  )
 
 
 def finish(
-  run: run_lib.Run, state: steps.State, record: checkpoints.Record
+  run: run_lib.Run, state: state_lib.State, record: checkpoints.Record
 ) -> dict[str, Any]:
   """Evaluates the best checkpoint, once, and writes result.json.
 
@@ -283,7 +316,7 @@ def finish(
   c = run.config
   step = record.step
   if record.best_step is not None and record.best_step != step:
-    shapes = steps.state_shapes(run.model, run.tx, c, run.mesh)
+    shapes = state_lib.state_shapes(run.model, run.tx, c, run.mesh)
     restored = run.checkpoints.restore_step(record.best_step, shapes)
     if isinstance(restored, str):
       logging.warning(
@@ -318,35 +351,40 @@ def finish(
     "git_revision": recorded.get("git_revision"),
     "plots": [],
   }
-  if c.log.plots and not jax.process_index():
-    result["plots"] = [
-      plots.learning_curves(run.folder),
-      plots.predictions(
-        run.folder,
-        _predict(run, state, split),
-        input_pipeline.class_names(c),
-      ),
-    ]
-  if not jax.process_index():
-    if c.checkpoint.export:
+  # All processes compute; the first one writes, and the others wait for it.
+  predicted = _predict(run, state, split) if c.log.plots else []
+  variables = None
+  if c.checkpoint.export:
+    variables = sharding.gather(run.eval_variables(state), run.mesh)
+
+  def write() -> dict[str, Any]:
+    if c.log.plots:
+      result["plots"] = [
+        plots.learning_curves(run.folder),
+        plots.predictions(run.folder, predicted, input_pipeline.class_names(c)),
+      ]
+    if variables is not None:
       vimjax.save_variables(
         run.folder / WEIGHTS,
-        run.eval_variables(state),
+        variables,
         metadata=initial_lib.metadata(c, initial),
       )
     rundir.write_json(run.folder / rundir.RESULT, result)
-  return result
+    return result
+
+  return agreement.on_first(write)
 
 
 def _predict(
-  run: run_lib.Run, state: steps.State, split: str
+  run: run_lib.Run, state: state_lib.State, split: str
 ) -> list[tuple[np.ndarray, int, int]]:
   """Image, label and prediction of the first batch of `split`."""
-  batch = next(iter(input_pipeline.eval_batches(run.config, split)))
+  batch = next(iter(_host_batches(run, split)))
   out = run.eval_step(
     run.eval_variables(state), steps.put_batch(batch, run.config, run.mesh)
   )
-  predicted = np.asarray(out["predicted"])
+  part, _ = sharding.batch_slice(run.mesh)
+  predicted = np.asarray(out["predicted"])[part * len(batch["mask"]) :]
   return [
     (batch["image"][i], int(batch["label"][i]), int(predicted[i]))
     for i in np.flatnonzero(batch["mask"])

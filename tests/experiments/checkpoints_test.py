@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from experiments.imagenet import checkpoints, errors, steps
+from experiments.imagenet import checkpoints, errors, sharding
+from experiments.imagenet import state as state_lib
 
 # Reads that Orbax leaves behind when it fails may end, with complaints, as late
 # as in the next test; see `checkpoints._quiet`.
@@ -25,7 +26,7 @@ def _state(seed):
     "w": jax.random.normal(key, (64, 32)),
     "b": jnp.zeros(3, jnp.bfloat16),
   }
-  return steps.State(
+  return state_lib.State(
     step=jnp.int32(seed),
     params=params,
     opt_state=(params, None),
@@ -203,10 +204,10 @@ def test_checksums_see_every_change_and_no_sharding():
   record = checkpoints.Record()
   state = _state(1)
   want = checkpoints.checksums(state, record)
-  mesh = steps.make_mesh()
+  mesh = sharding.make_mesh()
   w = state.params["w"]
-  sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
-  for same in (jax.device_put(w, sharding), jnp.array(w)):
+  columns = NamedSharding(mesh, PartitionSpec(None, "data"))
+  for same in (jax.device_put(w, columns), jnp.array(w)):
     moved = state.replace(params=state.params | {"w": same})
     assert checkpoints.checksums(moved, record) == want
   for other in (

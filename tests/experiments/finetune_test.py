@@ -11,8 +11,9 @@ import safetensors.numpy
 
 from experiments import evaluate
 from experiments.datasets import folder, generated, records
-from experiments.imagenet import errors, initial, optimizer, steps
+from experiments.imagenet import errors, initial, optimizer, sharding
 from experiments.imagenet import run as run_lib
+from experiments.imagenet import state as state_lib
 from experiments.imagenet.configs import _base, finetune
 import vimjax
 
@@ -77,12 +78,12 @@ class TestInitialWeights:
 
   def test_a_new_run_and_its_average_start_from_them(self, official):
     config = _config(official, **{"model.overrides.num_classes": 3})
-    model, mesh = run_lib.make_model(config), steps.make_mesh()
+    model, mesh = run_lib.make_model(config), sharding.make_mesh()
     tx = optimizer.make_optimizer(config, lambda step: 0.1)
-    shapes = steps.state_shapes(model, tx, config, mesh)
+    shapes = state_lib.state_shapes(model, tx, config, mesh)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     variables, _ = initial.load(config, model)
-    state = steps.with_variables(zeros, variables, mesh)
+    state = state_lib.with_variables(zeros, variables, mesh)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, zeros)
     for got in (state.params, state.ema_params):
       jax.tree.map(np.testing.assert_array_equal, got, variables["params"])

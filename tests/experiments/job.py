@@ -1,6 +1,6 @@
 """Starts the training job as a real process, small enough for tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -63,6 +63,7 @@ class Job:
     *arguments: str,
     config: Sequence[str] = TINY,
     prefix: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
     **options: Any,
   ) -> subprocess.Popen:
     """Starts a run, under the command `prefix` if there is one.
@@ -85,7 +86,7 @@ class Job:
       stderr=subprocess.PIPE,
       text=True,
       bufsize=1,
-      env=self.environment(),
+      env=self.environment() | dict(environment or {}),
       **options,
     )
 

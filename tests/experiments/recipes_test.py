@@ -14,6 +14,7 @@ from experiments.imagenet import (
   steps,
 )
 from experiments.imagenet import run as run_lib
+from experiments.imagenet import state as state_lib
 from experiments.imagenet.configs import _base, _recipe
 import vimjax
 
@@ -249,7 +250,7 @@ def _program(name, data_dir):
   schedule = optimizer.make_schedule(config, 20)
   tx = optimizer.make_optimizer(config, schedule)
   assert mixing.is_on(config)
-  shapes = steps.state_shapes(model, tx, config, mesh)
+  shapes = state_lib.state_shapes(model, tx, config, mesh)
   train_step = steps.make_train_step(
     model, tx, schedule, config, mesh, total_steps=80
   )

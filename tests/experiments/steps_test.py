@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.imagenet import optimizer, steps
+from experiments.imagenet import state as state_lib
 from experiments.imagenet.configs import _base
 from vimjax.layers import batch_norm
 
@@ -75,7 +76,7 @@ def _run(
   tx = optimizer.make_optimizer(config, schedule)
   numbers = []
   with jax.set_mesh(mesh):
-    state = steps.make_state(model, tx, config, mesh)
+    state = state_lib.make_state(model, tx, config, mesh)
     first = jax.device_get(state)
     train_step = steps.make_train_step(
       model, tx, schedule, config, mesh, total_steps=total_steps

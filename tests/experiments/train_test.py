@@ -25,9 +25,11 @@ from experiments.imagenet import (
   metrics,
   optimizer,
   rundir,
+  sharding,
   steps,
 )
 from experiments.imagenet import run as run_lib
+from experiments.imagenet import state as state_lib
 from experiments.imagenet import window as window_lib
 from experiments.imagenet.configs import _base
 
@@ -79,7 +81,7 @@ def _trainer(model, config, mesh):
   schedule = optimizer.make_schedule(config, 10)
   tx = optimizer.make_optimizer(config, schedule)
   with jax.set_mesh(mesh):
-    state = steps.make_state(model, tx, config, mesh)
+    state = state_lib.make_state(model, tx, config, mesh)
   return state, steps.make_train_step(model, tx, schedule, config, mesh)
 
 
@@ -203,7 +205,7 @@ class TestOnAMesh:
         "model.overrides.drop_path_rate": 0.1,
       }
     )
-    mesh = steps.make_mesh()
+    mesh = sharding.make_mesh()
     assert mesh.shape == {"data": 8}
     with jax.set_mesh(mesh):
       state, train_step = _trainer(run_lib.make_model(config), config, mesh)
@@ -296,7 +298,7 @@ class TestConfigChecks:
   @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-      ("batch_size", 12, "batch_size=12 must be a multiple of the 8 devices"),
+      ("batch_size", 12, "batch_size=12 must be a multiple of the 8 devices "),
       ("batch_size", 0, "batch_size=0 must be positive"),
       ("eval_batch_size", 12, "eval_batch_size=12 must be a multiple"),
       ("epochs", 0.0, "epochs=0.0 must be positive"),
@@ -568,9 +570,14 @@ class TestCorrupt:
     self._see(counter, "validation", [4, -1], [1, 0])
     assert counter.count == 3
     assert counter.by_split() == {"train": [4, 5], "validation": [4]}
+    counter.add({"train": [5, 7], "test": [0]})
+    assert counter.by_split()["train"] == [4, 5, 7]
+    assert counter.by_split()["test"] == [0]
 
   def test_one_more_than_the_limit_is_an_error_with_the_records(self):
     counter = corrupt_lib.Corrupt(1, {})
     self._see(counter, "train", [8], [1])
+    counter.check()
+    self._see(counter, "train", [9], [1])
     with pytest.raises(errors.CorruptDataError, match=r"max_corrupt=1.*8, 9"):
-      self._see(counter, "train", [9], [1])
+      counter.check()

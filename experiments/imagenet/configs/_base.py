@@ -178,6 +178,22 @@ def _checkpoint() -> ml_collections.ConfigDict:
   return c
 
 
+def _mesh() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  # How the devices are arranged: the product of the three is their number, and
+  # -1 stands for what the others leave. No number of a run depends on it but
+  # for the order of summation, and a run may go on with another. `data` and
+  # `fsdp` divide the images of a batch.
+  c.data = -1
+  # Devices that keep one copy of the parameters, averages and moments among
+  # them, each a part; see `sharding.RULES`.
+  c.fsdp = 1
+  # Devices that work on the same images, each on a part of the tokens, for
+  # very large images; Vim only.
+  c.sequence = 1
+  return c
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The defaults: a plain run of Vim-Ti on ImageNet-1k, no published recipe."""
   c = ml_collections.ConfigDict()
@@ -212,6 +228,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Parts that a batch is divided into, to need less memory: one after the
   # other, and one step for all. Statistics of batch norms are of a part.
   c.accumulation_steps = 1
+  c.mesh = _mesh()
   c.data = _data()
   c.mixup = _mixup()
   c.mesa = _mesa()
