@@ -141,7 +141,11 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 def _forward(inputs, options, *, save):
   """Returns y (b, l, g, e), the final and, if `save`, the saved states."""
-  l = inputs.tokens.u.shape[1]
+  u, delta = inputs.tokens.u, inputs.tokens.delta
+  l = u.shape[1]
+  # A step reads its delta, then writes its y in the same place. A buffer of its
+  # own would be zeros, and those of all layers be made when the model starts.
+  in_place = delta.dtype == u.dtype
 
   def run_block(block, carry):
     y, finals, saved = carry
@@ -150,7 +154,8 @@ def _forward(inputs, options, *, save):
     def step(s, carry):
       y, h = carry
       t = _position(s, l, options)
-      token = _read_token(inputs.tokens, block, t, options)
+      tokens = inputs.tokens._replace(delta=y) if in_place else inputs.tokens
+      token = _read_token(tokens, block, t, options)
       delta = _step_size(params, token, options)
       h = _advance(jnp.exp(delta * params.A), delta, token, h)
       out = _output(params, token, h)
@@ -172,11 +177,12 @@ def _forward(inputs, options, *, save):
     y, saved, h = jax.lax.fori_loop(0, _intervals(l), interval, carry)
     return y, blocks.write(finals, h, (block.row,), block), saved
 
-  u, state = inputs.tokens.u, inputs.state
+  state = inputs.state
   b, n, g, e = state.shape
   full = functools.partial(partition.full, like=state)
   saved = full((b, _intervals(l), n, g, e), 0, state.dtype) if save else None
-  carry = (full(u.shape, 0, u.dtype), full(state.shape, 0, state.dtype), saved)
+  y = delta if in_place else full(u.shape, 0, u.dtype)
+  carry = (y, full(state.shape, 0, state.dtype), saved)
   return blocks.for_each(inputs.state, run_block, carry)
 
 
