@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import partition
@@ -39,10 +40,37 @@ from pallas_kernels.selective_scan import xla_sequential_blocks as blocks
 _INTERVAL = 16
 
 
+class _Options(NamedTuple):
+  """`arguments.Options`, and the order of the tokens.
+
+  Attributes:
+    delta_softplus: See there.
+    reverse: See there.
+    compute_dtype: See there.
+    columns: See `selective_scan`.
+  """
+
+  delta_softplus: bool
+  reverse: bool
+  compute_dtype: DTypeLike
+  columns: int | None
+
+
 def selective_scan(
-  args: arguments.Arguments, options: arguments.Options
+  args: arguments.Arguments,
+  options: arguments.Options,
+  *,
+  columns: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (y, final state); see `pallas_kernels.selective_scan`."""
+  """Returns (y, final state); see `pallas_kernels.selective_scan`.
+
+  Args:
+    args: The arrays.
+    options: The choices of the call.
+    columns: The tokens are an image with so many columns, stored row by row,
+      and are scanned column by column; None scans them as they are stored.
+  """
+  choices = _Options(*options, columns)
   b, _, d = args.u.shape
   g, n = args.B.shape[2:]
   dtype = options.compute_dtype
@@ -58,7 +86,7 @@ def selective_scan(
     params=jax.tree.map(lambda x: split(x.astype(dtype)), params),
     state=split(state),
   )
-  y, state = _scan(inputs, options)
+  y, state = _scan(inputs, choices)
   state = jnp.moveaxis(state.reshape(b, n, d), 1, 2)
   return y.reshape(args.u.shape), state
 
@@ -121,7 +149,7 @@ class _Steps(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs: _Inputs, options: arguments.Options):
+def _scan(inputs: _Inputs, options: _Options):
   y, state, _ = _forward(inputs, options, save=False)
   return y, state
 
@@ -145,7 +173,7 @@ def _forward(inputs, options, *, save):
   l = u.shape[1]
   # A step reads its delta, then writes its y in the same place. A buffer of its
   # own would be zeros, and those of all layers be made when the model starts.
-  in_place = delta.dtype == u.dtype
+  in_place = jnp.promote_types(delta.dtype, u.dtype) == u.dtype
 
   def run_block(block, carry):
     y, finals, saved = carry
@@ -181,7 +209,7 @@ def _forward(inputs, options, *, save):
   b, n, g, e = state.shape
   full = functools.partial(partition.full, like=state)
   saved = full((b, _intervals(l), n, g, e), 0, state.dtype) if save else None
-  y = delta if in_place else full(u.shape, 0, u.dtype)
+  y = delta.astype(u.dtype) if in_place else full(u.shape, 0, u.dtype)
   carry = (y, full(state.shape, 0, state.dtype), saved)
   return blocks.for_each(inputs.state, run_block, carry)
 
@@ -361,8 +389,13 @@ def _intervals(l):
 
 
 def _position(s, l, options):
-  """The place in the sequence of the s-th token in scan order."""
-  return l - 1 - s if options.reverse else s
+  """Where the s-th token in scan order is stored."""
+  if options.reverse:
+    s = l - 1 - s
+  if options.columns is None:
+    return s
+  rows = l // options.columns
+  return s % rows * options.columns + s // rows
 
 
 def _empty_steps(h):
