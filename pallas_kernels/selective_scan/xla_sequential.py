@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import partition
-from pallas_kernels.selective_scan import arguments
+from pallas_kernels.selective_scan import arguments, xla_math
 from pallas_kernels.selective_scan import xla_sequential_blocks as blocks
 
 # Tokens between saved states, and in the buffer of the backward pass: the
@@ -185,7 +185,7 @@ def _forward(inputs, options, *, save):
       tokens = inputs.tokens._replace(delta=y) if in_place else inputs.tokens
       token = _read_token(tokens, block, t, options)
       delta = _step_size(params, token, options)
-      h = _advance(jnp.exp(delta * params.A), delta, token, h)
+      h = _advance(xla_math.exp(delta * params.A), delta, token, h)
       out = _output(params, token, h)
       if token.z is not None:
         out = out * jax.nn.silu(token.z)
@@ -227,7 +227,7 @@ def _backward(residuals, dy, dstate, options):
     def recompute(start, j, steps):
       token = read_token(_position(start + j, l, options))
       delta = _step_size(params, token, options)
-      decay = jnp.exp(delta * params.A)
+      decay = xla_math.exp(delta * params.A)
       h = _advance(decay, delta, token, _at(steps.states, j))
       return _Steps(
         states=_put(steps.states, h, j + 1),
@@ -345,7 +345,7 @@ def _step_size(params, token, options):
   delta = _biased(params, token)
   if options.delta_softplus:
     # The barrier keeps the compiler from computing it again at every use.
-    delta = jax.lax.optimization_barrier(_softplus(delta))
+    delta = jax.lax.optimization_barrier(xla_math.softplus(delta))
   return delta
 
 
@@ -353,22 +353,6 @@ def _biased(params, token):
   if params.delta_bias is None:
     return token.delta
   return token.delta + params.delta_bias
-
-
-def _softplus(x):
-  """log(1 + exp(x)), to the last digits also for very negative x.
-
-  As `jax.nn.softplus`, but without log1p, which is slow on CPUs.
-  """
-  exp = jnp.exp(-jnp.abs(x))
-  # log1p(exp) = 2 atanh(ratio) by its power series; ratio is at most 1 / 3.
-  ratio = exp / (2 + exp)
-  square = ratio * ratio
-  terms = 8 if x.dtype == jnp.float32 else 17
-  series = 0.0
-  for i in reversed(range(terms)):
-    series = series * square + 1 / (2 * i + 1)
-  return jnp.maximum(x, 0) + 2 * ratio * series
 
 
 def _sum_states(x):
