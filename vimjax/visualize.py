@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   try:
     pil = optional.require("PIL.Image", extra="image")
-    model, variables = _load(args)
     pixels, images = _read(args)
+    model, variables = _load(args)
     picture = _DRAW[args.what](model, variables, images, pixels, args)
     pil.fromarray(picture).save(args.output, format="PNG")
   except (OSError, ValueError, ModuleNotFoundError) as error:

@@ -18,7 +18,6 @@ from pallas_kernels.cross_selective_scan import (
 )
 from pallas_kernels.selective_scan import (
   mosaic_gpu_common,
-  xla_associative,
   xla_sequential,
 )
 
@@ -45,7 +44,7 @@ IMPLEMENTATIONS: Final = {  # In order of preference.
   ),
   "xla_associative": dispatch.Impl(
     function=functools.partial(
-      xla.cross_selective_scan, scan=xla_associative.selective_scan
+      xla.cross_selective_scan, scan=xla.associative_scan
     ),
   ),
   "reference": dispatch.Impl(

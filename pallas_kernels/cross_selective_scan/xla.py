@@ -1,30 +1,40 @@
 """The cross selective scan as four selective scans.
 
-Rows are scanned in the original layout, forwards and, by index, backwards.
-Columns are scanned in the one transposed copy in the same two ways. Nothing is
+All of them read and write in image order: the loop over time steps through the
+columns by index, `associative_scan` runs on a transposed copy. Nothing is
 flipped. The derivative follows from that of the selective scan.
 """
 
-from collections.abc import Callable
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cross_selective_scan import arguments
 from pallas_kernels.selective_scan import arguments as scan_arguments
+from pallas_kernels.selective_scan import xla_associative
 
-_Scan = Callable[
-  [scan_arguments.Arguments, scan_arguments.Options],
-  tuple[jax.Array, jax.Array],
-]
+
+class Scan(Protocol):
+  """A selective scan of an image that is stored row by row."""
+
+  def __call__(
+    self,
+    args: scan_arguments.Arguments,
+    options: scan_arguments.Options,
+    *,
+    columns: int | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Scans by columns, of which there are so many; None scans by rows."""
+    ...
 
 
 # Compiled as a function of its own, so that the many equal layers of a model
 # are traced once.
 @functools.partial(jax.jit, static_argnames=("options", "scan"))
 def cross_selective_scan(
-  args: arguments.Arguments, options: arguments.Options, *, scan: _Scan
+  args: arguments.Arguments, options: arguments.Options, *, scan: Scan
 ) -> jax.Array:
   """Returns y; see `pallas_kernels.cross_selective_scan`.
 
@@ -33,35 +43,18 @@ def cross_selective_scan(
     options: The choices of the call.
     scan: An implementation of the selective scan.
   """
-  # Widened so that the four results are rounded once, after they are added.
-  u = args.u.astype(options.compute_dtype)
-  wide = args._replace(u=u)
-  swap = lambda x: jnp.swapaxes(x, 1, 2)
-  turned = wide._replace(
-    u=swap(u), delta=swap(args.delta), B=swap(args.B), C=swap(args.C)
-  )
-  y = _both_ways(wide, (0, 2), options, scan)
-  y = y + swap(_both_ways(turned, (1, 3), options, scan))
-  if args.D is not None:
-    y = y + args.D.astype(options.compute_dtype).sum(0) * u
-  return y.astype(args.u.dtype)
-
-
-def _both_ways(
-  args: arguments.Arguments,
-  directions: tuple[int, int],
-  options: arguments.Options,
-  scan: _Scan,
-) -> jax.Array:
-  """Scans along the second and third dimension, forwards and backwards."""
   # Sizes in full: -1 cannot be told in an empty batch.
-  b, h, w, _ = args.u.shape
+  b, h, w, d = args.u.shape
   flat = lambda x: x.reshape(b, h * w, *x.shape[3:])
-  results = []
-  for k, reverse in zip(directions, (False, True), strict=True):
-    y, _ = scan(
+  # Widened so that the four results are rounded once, after they are added.
+  u = flat(args.u.astype(options.compute_dtype))
+  y = jnp.zeros((), u.dtype)
+  if args.D is not None:
+    y = args.D.astype(u.dtype).sum(0) * u
+  for k in range(arguments.DIRECTIONS):
+    out, _ = scan(
       scan_arguments.Arguments(
-        u=flat(args.u),
+        u=u,
         delta=flat(args.delta[:, :, :, k]),
         A=args.A[k],
         B=flat(args.B[:, :, :, k, None]),
@@ -73,9 +66,34 @@ def _both_ways(
       ),
       scan_arguments.Options(
         delta_softplus=options.delta_softplus,
-        reverse=reverse,
+        reverse=k >= 2,
         compute_dtype=options.compute_dtype,
       ),
+      columns=w if k % 2 else None,
     )
-    results.append(y)
-  return (results[0] + results[1]).reshape(args.u.shape)
+    y = y + out
+  return y.reshape(b, h, w, d).astype(args.u.dtype)
+
+
+def associative_scan(
+  args: scan_arguments.Arguments,
+  options: scan_arguments.Options,
+  *,
+  columns: int | None,
+) -> tuple[jax.Array, jax.Array]:
+  """`xla_associative.selective_scan` as a `Scan`."""
+  if columns is None:
+    return xla_associative.selective_scan(args, options)
+  l = args.u.shape[1]
+
+  def turn(x, rows):
+    x = x.reshape(x.shape[0], rows, l // rows, *x.shape[2:])
+    return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], l, *x.shape[3:])
+
+  by_token = {
+    name: turn(x, l // columns)
+    for name, x in args._asdict().items()
+    if x is not None and name in ("u", "delta", "B", "C", "z")
+  }
+  y, state = xla_associative.selective_scan(args._replace(**by_token), options)
+  return turn(y, columns), state

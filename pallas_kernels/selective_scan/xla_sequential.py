@@ -28,10 +28,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import partition
-from pallas_kernels.selective_scan import arguments
+from pallas_kernels.selective_scan import arguments, xla_math
 from pallas_kernels.selective_scan import xla_sequential_blocks as blocks
 
 # Tokens between saved states, and in the buffer of the backward pass: the
@@ -39,10 +40,37 @@ from pallas_kernels.selective_scan import xla_sequential_blocks as blocks
 _INTERVAL = 16
 
 
+class _Options(NamedTuple):
+  """`arguments.Options`, and the order of the tokens.
+
+  Attributes:
+    delta_softplus: See there.
+    reverse: See there.
+    compute_dtype: See there.
+    columns: See `selective_scan`.
+  """
+
+  delta_softplus: bool
+  reverse: bool
+  compute_dtype: DTypeLike
+  columns: int | None
+
+
 def selective_scan(
-  args: arguments.Arguments, options: arguments.Options
+  args: arguments.Arguments,
+  options: arguments.Options,
+  *,
+  columns: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (y, final state); see `pallas_kernels.selective_scan`."""
+  """Returns (y, final state); see `pallas_kernels.selective_scan`.
+
+  Args:
+    args: The arrays.
+    options: The choices of the call.
+    columns: The tokens are an image with so many columns, stored row by row,
+      and are scanned column by column; None scans them as they are stored.
+  """
+  choices = _Options(*options, columns)
   b, _, d = args.u.shape
   g, n = args.B.shape[2:]
   dtype = options.compute_dtype
@@ -58,7 +86,7 @@ def selective_scan(
     params=jax.tree.map(lambda x: split(x.astype(dtype)), params),
     state=split(state),
   )
-  y, state = _scan(inputs, options)
+  y, state = _scan(inputs, choices)
   state = jnp.moveaxis(state.reshape(b, n, d), 1, 2)
   return y.reshape(args.u.shape), state
 
@@ -121,7 +149,7 @@ class _Steps(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs: _Inputs, options: arguments.Options):
+def _scan(inputs: _Inputs, options: _Options):
   y, state, _ = _forward(inputs, options, save=False)
   return y, state
 
@@ -141,7 +169,11 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 def _forward(inputs, options, *, save):
   """Returns y (b, l, g, e), the final and, if `save`, the saved states."""
-  l = inputs.tokens.u.shape[1]
+  u, delta = inputs.tokens.u, inputs.tokens.delta
+  l = u.shape[1]
+  # A step reads its delta, then writes its y in the same place. A buffer of its
+  # own would be zeros, and those of all layers be made when the model starts.
+  in_place = jnp.promote_types(delta.dtype, u.dtype) == u.dtype
 
   def run_block(block, carry):
     y, finals, saved = carry
@@ -150,9 +182,10 @@ def _forward(inputs, options, *, save):
     def step(s, carry):
       y, h = carry
       t = _position(s, l, options)
-      token = _read_token(inputs.tokens, block, t, options)
+      tokens = inputs.tokens._replace(delta=y) if in_place else inputs.tokens
+      token = _read_token(tokens, block, t, options)
       delta = _step_size(params, token, options)
-      h = _advance(jnp.exp(delta * params.A), delta, token, h)
+      h = _advance(xla_math.exp(delta * params.A), delta, token, h)
       out = _output(params, token, h)
       if token.z is not None:
         out = out * jax.nn.silu(token.z)
@@ -172,11 +205,12 @@ def _forward(inputs, options, *, save):
     y, saved, h = jax.lax.fori_loop(0, _intervals(l), interval, carry)
     return y, blocks.write(finals, h, (block.row,), block), saved
 
-  u, state = inputs.tokens.u, inputs.state
+  state = inputs.state
   b, n, g, e = state.shape
   full = functools.partial(partition.full, like=state)
   saved = full((b, _intervals(l), n, g, e), 0, state.dtype) if save else None
-  carry = (full(u.shape, 0, u.dtype), full(state.shape, 0, state.dtype), saved)
+  y = delta.astype(u.dtype) if in_place else full(u.shape, 0, u.dtype)
+  carry = (y, full(state.shape, 0, state.dtype), saved)
   return blocks.for_each(inputs.state, run_block, carry)
 
 
@@ -193,7 +227,7 @@ def _backward(residuals, dy, dstate, options):
     def recompute(start, j, steps):
       token = read_token(_position(start + j, l, options))
       delta = _step_size(params, token, options)
-      decay = jnp.exp(delta * params.A)
+      decay = xla_math.exp(delta * params.A)
       h = _advance(decay, delta, token, _at(steps.states, j))
       return _Steps(
         states=_put(steps.states, h, j + 1),
@@ -311,7 +345,7 @@ def _step_size(params, token, options):
   delta = _biased(params, token)
   if options.delta_softplus:
     # The barrier keeps the compiler from computing it again at every use.
-    delta = jax.lax.optimization_barrier(_softplus(delta))
+    delta = jax.lax.optimization_barrier(xla_math.softplus(delta))
   return delta
 
 
@@ -319,22 +353,6 @@ def _biased(params, token):
   if params.delta_bias is None:
     return token.delta
   return token.delta + params.delta_bias
-
-
-def _softplus(x):
-  """log(1 + exp(x)), to the last digits also for very negative x.
-
-  As `jax.nn.softplus`, but without log1p, which is slow on CPUs.
-  """
-  exp = jnp.exp(-jnp.abs(x))
-  # log1p(exp) = 2 atanh(ratio) by its power series; ratio is at most 1 / 3.
-  ratio = exp / (2 + exp)
-  square = ratio * ratio
-  terms = 8 if x.dtype == jnp.float32 else 17
-  series = 0.0
-  for i in reversed(range(terms)):
-    series = series * square + 1 / (2 * i + 1)
-  return jnp.maximum(x, 0) + 2 * ratio * series
 
 
 def _sum_states(x):
@@ -355,8 +373,13 @@ def _intervals(l):
 
 
 def _position(s, l, options):
-  """The place in the sequence of the s-th token in scan order."""
-  return l - 1 - s if options.reverse else s
+  """Where the s-th token in scan order is stored."""
+  if options.reverse:
+    s = l - 1 - s
+  if options.columns is None:
+    return s
+  rows = l // options.columns
+  return s % rows * options.columns + s // rows
 
 
 def _empty_steps(h):

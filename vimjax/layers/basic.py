@@ -74,6 +74,25 @@ class DropPath(nn.Module):
     return x * (mask / keep).astype(x.dtype)
 
 
+def gelu(x: Array) -> Array:
+  """x times the normal distribution function of x, the exact GELU.
+
+  `jax.nn.gelu` takes it from erfc, which costs a CPU two branches and an array
+  of constants. Here the relative error grows where the result vanishes.
+  """
+  half = jnp.asarray(0.5, x.dtype)
+  return x * (half + half * jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def apart[T](x: T) -> T:
+  """Returns x, and keeps XLA from fusing its consumers with its producers.
+
+  A CPU takes up to 1.5 times as long for a norm and the matrix product that
+  reads it as one fusion, and up to three times for a convolution and its norm.
+  """
+  return jax.lax.optimization_barrier(x)
+
+
 def wide(dtype: Dtype) -> jnp.dtype:
   """The dtype for what must not be less than float32."""
   return jnp.promote_types(dtype, jnp.float32)

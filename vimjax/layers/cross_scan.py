@@ -51,10 +51,16 @@ class DirectionalDense(nn.Module):
       (DIRECTIONS, size, self.features),
       self.param_dtype,
     )
-    form = "bhwi,kio->bhwko" if x.ndim == 4 else "bhwki,kio->bhwko"
-    return jnp.einsum(
-      form, x.astype(dtype), kernel.astype(dtype), precision=self.precision
-    )
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if x.ndim == 4:
+      return jnp.einsum("bhwi,kio->bhwko", x, kernel, precision=self.precision)
+    # A product for each direction: the batched one comes channels first on a
+    # CPU, and had to be transposed.
+    each = [
+      jnp.dot(x[:, :, :, k], kernel[k], precision=self.precision)
+      for k in range(DIRECTIONS)
+    ]
+    return jnp.stack(each, axis=3)
 
 
 class CrossSelectiveSSM(nn.Module):
@@ -86,6 +92,7 @@ class CrossSelectiveSSM(nn.Module):
     """Mixes an image; the result has the computation dtype."""
     n, r, k, d = self.state_size, self.dt_rank, DIRECTIONS, u.shape[-1]
     dtype = basic.compute_dtype(self.dtype, u)
+    u = basic.apart(u.astype(dtype))  # Else each reader computes it again.
     dense: dict[str, Any] = dict(
       precision=self.precision, dtype=dtype, param_dtype=self.param_dtype
     )
@@ -97,7 +104,7 @@ class CrossSelectiveSSM(nn.Module):
     A_log = self.param("A_log", ssm.log_range, (k, d, n), self.param_dtype)
     D = self.param("D", nn.initializers.ones, (k, d), self.param_dtype)
     return pallas_kernels.cross_selective_scan(
-      u.astype(dtype),
+      u,
       delta,
       -jnp.exp(A_log.astype(jnp.promote_types(dtype, jnp.float32))),
       B,

@@ -34,5 +34,5 @@ class Mlp(nn.Module):
       param_dtype=self.param_dtype,
     )
     y = nn.Dense(self.hidden_dim, name="fc1", **dense)(x)
-    y = nn.gelu(y, approximate=False)
+    y = basic.gelu(y)
     return nn.Dense(x.shape[-1], name="fc2", **dense)(y)

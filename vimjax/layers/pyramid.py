@@ -39,9 +39,13 @@ class OverlappingStem(nn.Module):
     """Embeds images; the result is float32 at least."""
     shared = (self.precision, self.dtype, self.param_dtype)
     x = _conv(self.features // 2, 3, 2, x.shape[-1], "conv1", *shared)(x)
-    x = basic.layer_norm("norm1", self.dtype, self.param_dtype)(x)
-    x = nn.gelu(x, approximate=False)
-    x = _conv(self.features, 3, 2, x.shape[-1], "conv2", *shared)(x)
+    norm = basic.layer_norm("norm1", self.dtype, self.param_dtype)
+    x = norm(basic.apart(x))
+    x = basic.gelu(x)
+    x = _conv(self.features, 3, 2, x.shape[-1], "conv2", *shared)(
+      basic.apart(x)
+    )
+    x = basic.apart(x)
     return basic.layer_norm("norm2", basic.wide(x.dtype), self.param_dtype)(x)
 
 
@@ -90,7 +94,8 @@ class ConvDownsample(nn.Module):
     """Halves both sides; the result is float32 at least."""
     d = x.shape[-1]
     shared = (self.precision, self.dtype, self.param_dtype)
-    y = _conv(2 * d, 3, 2, d, "conv", *shared)(x)
+    y = _conv(2 * d, 3, 2, d, "conv", *shared)(basic.apart(x))
+    y = basic.apart(y)
     return basic.layer_norm("norm", basic.wide(y.dtype), self.param_dtype)(y)
 
 

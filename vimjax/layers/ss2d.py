@@ -21,7 +21,7 @@ Activation = Literal["silu", "gelu"]
 
 _ACTIVATIONS: Final = {
   "silu": nn.silu,
-  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu": basic.gelu,
 }
 
 
@@ -82,7 +82,8 @@ class SS2D(nn.Module):
       self.conv_size, self.conv_bias, name="conv", **dtypes
     )(u)
     y = self._scan(activate(u), self.dt_rank or math.ceil(d / 16), dtypes)
-    y = basic.layer_norm("out_norm", **dtypes)(y)
+    y = basic.layer_norm("out_norm", **dtypes)(basic.apart(y))
+    y = basic.apart(y)
     if z is not None:
       y = y * activate(z)
     return nn.Dense(d, name="out_proj", **dense)(y)
@@ -133,14 +134,14 @@ class Block(nn.Module):
       dtype=self.dtype, param_dtype=self.param_dtype
     )
     y = basic.layer_norm("norm", **dtypes)(x)
-    y = SS2D(**self.mixer, name="mixer", **shared)(y)
+    y = SS2D(**self.mixer, name="mixer", **shared)(basic.apart(y))
     y = basic.DropPath(name="drop_path")(y, drop_rate)
     x = x + y.astype(x.dtype)
     if self.mlp_ratio == 0:
       return x
     y = basic.layer_norm("mlp_norm", **dtypes)(x)
     hidden = int(self.mlp_ratio * x.shape[-1])
-    y = mlp.Mlp(hidden, name="mlp", **shared)(y)
+    y = mlp.Mlp(hidden, name="mlp", **shared)(basic.apart(y))
     y = basic.DropPath(name="mlp_drop_path")(y, drop_rate)
     return x + y.astype(x.dtype)
 

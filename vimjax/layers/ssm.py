@@ -87,6 +87,7 @@ class SelectiveSSM(nn.Module):
         name=name,
       )
 
+    u = basic.apart(u.astype(dtype))  # Else each reader computes it again.
     x = project(r + 2 * n, "x_proj")(u)
     dt, B, C = jnp.split(x, (r, r + n), axis=-1)  # (b, l, r), twice (b, l, n)
     delta = project(d, "dt_proj")(dt)
@@ -94,11 +95,8 @@ class SelectiveSSM(nn.Module):
     dt_bias = self.param("dt_bias", self.dt_bias_init, (d,), self.param_dtype)
     A_log = self.param("A_log", log_range, (d, n), self.param_dtype)
     D = self.param("D", nn.initializers.ones, (d,), self.param_dtype)
-    # Keeps XLA from computing the producers again in every consumer: 6 % less
-    # time forward on a CPU, and less memory.
-    u, delta, B, C = jax.lax.optimization_barrier(
-      (u.astype(dtype), delta, B, C)
-    )
+    # 6 % less time forward on a CPU, and less memory.
+    u, delta, B, C = basic.apart((u, delta, B, C))
     return pallas_kernels.selective_scan(
       u,
       delta,
