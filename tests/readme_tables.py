@@ -14,7 +14,7 @@ import re
 import sys
 from typing import Any
 
-from experiments.throughput import report
+from experiments.throughput import against_timm, report
 import vimjax
 from vimjax import flops, registry
 from vimjax.weights import download
@@ -150,12 +150,27 @@ def throughput() -> str:
   )
 
 
+def cpu_models() -> str:
+  """Inference of whole models on a CPU, beside PyTorch's DeiT-Ti."""
+  result = _result("cpu_models.json")
+  facts = result["environment"]
+  rows = [against_timm.Row(**row) for row in result["rows"]]
+  return (
+    f"{against_timm.markdown(rows)}\n\nInference, float32, medians of "
+    f"{result['rounds']} rounds in one run, {facts['threads']} threads of "
+    f"{facts['device']}\n({facts['machine']}) that had other work too: only "
+    f"ratios mean something.\njax {facts['jax']}, torch {facts['torch']}, timm "
+    f"{facts['timm']}, {facts['date'][:10]}."
+  )
+
+
 # Which file each part is in, and what writes it.
 PARTS: dict[str, tuple[pathlib.Path, Callable[[], str]]] = {
   "models": (README, models),
   "digits": (README, digits),
   "bench": (README, bench),
   "throughput": (README, throughput),
+  "cpu_models": (README, cpu_models),
   **{
     family: (DOCS / f"{family}.md", functools.partial(variants, family))
     for family in FAMILIES

@@ -46,6 +46,10 @@ COMMANDS = {
   "python -m experiments.throughput --preset cpu --json throughput.json": (
     "experiments.throughput --preset cpu --json"
   ),
+  # PyTorch and timm are several GB; the test does without them.
+  "python -m experiments.throughput.against_timm": (
+    "tests/experiments/against_timm_test.py"
+  ),
   "python -m pallas_kernels.bench": "pallas_kernels.bench",
   f"{_TRAIN} vim_tiny:smoke --workdir runs/smoke": "--config vim_tiny:smoke",
   "python -m experiments.prepare_imagenet --tar_dir ~/ILSVRC2012": (

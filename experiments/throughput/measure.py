@@ -76,7 +76,7 @@ def run_group(group: Sequence[cases.Case], rounds: int) -> list[Row]:
   errors: dict[cases.Case, str] = {}
   for case in group:
     try:
-      programs[case] = _compile(case)
+      programs[case] = compile_case(case)
     except jax.errors.JaxRuntimeError as error:
       errors[case] = _reason(error)
   times = _time(programs, rounds)
@@ -141,7 +141,7 @@ def build(case: cases.Case) -> Any:
   return vimjax.create_model(case.model, **fields)
 
 
-def _compile(case: cases.Case) -> _Program:
+def compile_case(case: cases.Case) -> _Program:
   model = build(case)
   rng = np.random.default_rng(0)
   shape = (case.batch, case.size, case.size, 3)

@@ -128,7 +128,7 @@ def test_time_limit_leaves_groups_out_and_says_so(small_models, capsys):
 def test_training_step_learns(small_models):
   del small_models
   case = dataclasses.replace(_row(size=32).case, mode="training")
-  program = measure._compile(case)
+  program = measure.compile_case(case)
   losses = [float(program.step()) for _ in range(5)]
   assert losses == sorted(losses, reverse=True)
   assert losses[-1] < losses[0]
@@ -138,7 +138,7 @@ def test_what_does_not_fit_gets_a_row(monkeypatch):
   def compile_case(case):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too much")
 
-  monkeypatch.setattr(measure, "_compile", compile_case)
+  monkeypatch.setattr(measure, "compile_case", compile_case)
   case = _row().case
   assert measure.run_group([case], rounds=1) == [
     measure.Row(case=case, error="out of memory")

@@ -19,9 +19,7 @@ def test_exp_is_accurate_wherever_it_is_finite():
 def test_exp_at_the_ends():
   x = jnp.asarray([0.0, -0.0, -90.0, -jnp.inf, 89.0, jnp.inf, jnp.nan])
   y = xla_math.exp(x)
-  np.testing.assert_array_equal(
-    y, [1.0, 1.0, 0.0, 0.0, np.inf, np.inf, np.nan]
-  )
+  np.testing.assert_array_equal(y, [1.0, 1.0, 0.0, 0.0, np.inf, np.inf, np.nan])
 
 
 def test_exp_is_its_own_derivative():

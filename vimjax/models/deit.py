@@ -51,7 +51,7 @@ class Block(nn.Module):
       norm = nn.LayerNorm(
         epsilon=1e-6, use_fast_variance=False, name=f"norm{i}", **dtypes
       )
-      y = branch(norm(x)).astype(x.dtype)
+      y = branch(basic.apart(norm(x))).astype(x.dtype)
       x = x + basic.DropPath(name=f"drop_path{i}")(y, drop_rate)
     return x
 

@@ -230,7 +230,7 @@ class MambaVision(nn.Module):
     x = batch_norm.BatchNorm(
       dtype=wide, param_dtype=self.param_dtype, name="norm"
     )(x, train=train)
-    x = x.mean(axis=(1, 2))
+    x = basic.apart(x).mean(axis=(1, 2))
     if output == "pooled":
       return x
     # One vector per image: float32 costs nothing here.
