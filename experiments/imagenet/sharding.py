@@ -228,13 +228,3 @@ def batch_slice(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   first = min(start for start, _ in rows)
   size = max(stop for _, stop in rows) - first
   return first // size, shards // size
-
-
-def per_device_bytes(tree: Any) -> int:
-  """Bytes that the arrays take on the fullest device of this process."""
-  held: dict[Any, int] = {}
-  for x in jax.tree.leaves(tree):
-    for shard in x.addressable_shards:
-      size = np.prod(shard.data.shape, dtype=int) * x.dtype.itemsize
-      held[shard.device] = held.get(shard.device, 0) + int(size)
-  return max(held.values())
