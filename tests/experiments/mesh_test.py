@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 
 import chex
@@ -39,9 +38,7 @@ _LOSS = 1e-5
 _PARAMS = 1e-4
 
 
-_ONLY_LONG = pytest.mark.skipif(
-  "VIMJAX_LONG_TESTS" not in os.environ, reason="make test-long"
-)
+_ONLY_LONG = pytest.mark.long
 
 
 def _mesh(name):

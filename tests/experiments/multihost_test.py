@@ -20,9 +20,7 @@ _CONFIG = (*job_lib.TINY, "--config.epochs=2.0", "--config.mesh.fsdp=2")
 _STEPS = 40
 # What a process ends with that has lost another one: on its own, or by JAX.
 _LOST = (76, -signal.SIGABRT)
-_ONLY_LONG = pytest.mark.skipif(
-  "VIMJAX_LONG_TESTS" not in os.environ, reason="make test-long"
-)
+_ONLY_LONG = pytest.mark.long
 
 
 def _free_port():
