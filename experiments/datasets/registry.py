@@ -12,6 +12,7 @@ from experiments.datasets import (
   folder,
   generated,
   imagenet,
+  photographs,
   records,
   tfds_records,
 )
@@ -54,6 +55,10 @@ DATASETS: Final[dict[str, Dataset]] = {
   "digits": Dataset(
     "1,797 handwritten digits, from inside scikit-learn",
     _tfds(_array_record(digits.SklearnDigits)),
+  ),
+  "photographs": Dataset(
+    "2,340 small crops of two photographs, from inside scikit-learn",
+    _tfds(_array_record(photographs.SklearnPhotographs)),
   ),
   "folder": Dataset(
     "your own images: a folder with a subfolder for each class",
