@@ -48,7 +48,7 @@ EPOCHS: Final = 10.0
 MAX_RATIO: Final = 1.05
 
 # Variant and changed fields of each family.
-FAMILIES: Final[Mapping[str, Mapping[str, Any]]] = {
+FAMILIES: Final[dict[str, dict[str, Any]]] = {
   "vim": {
     "model.name": "vim_tiny",
     "model.overrides.depth": 4,
@@ -76,7 +76,7 @@ FAMILIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "model.overrides.scan_layers": True,
   },
 }
-DATASETS: Final[Mapping[str, Mapping[str, Any]]] = {
+DATASETS: Final[dict[str, dict[str, Any]]] = {
   "digits": {
     "data.name": "digits",
     "model.overrides.num_classes": 10,
@@ -97,7 +97,7 @@ DATASETS: Final[Mapping[str, Mapping[str, Any]]] = {
   },
 }
 # The same for all; what is not named here is as in `configs/_base.py`.
-BUDGET: Final[Mapping[str, Any]] = {
+BUDGET: Final[dict[str, Any]] = {
   "epochs": EPOCHS,
   "eval_every_epochs": 2.0,
   "batch_size": 32,
