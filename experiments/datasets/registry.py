@@ -13,6 +13,7 @@ from experiments.datasets import (
   generated,
   imagenet,
   imagenet_v2,
+  photographs,
   records,
   tfds_records,
 )
@@ -71,6 +72,10 @@ DATASETS: Final[dict[str, Dataset]] = {
   "digits": Dataset(
     "1,797 handwritten digits, from inside scikit-learn",
     _tfds(_array_record(digits.SklearnDigits)),
+  ),
+  "photographs": Dataset(
+    "2,340 small crops of two photographs, from inside scikit-learn",
+    _tfds(_array_record(photographs.SklearnPhotographs)),
   ),
   "folder": Dataset(
     "your own images: a folder with a subfolder for each class",

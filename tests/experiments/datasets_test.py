@@ -14,7 +14,13 @@ from PIL import Image
 import pytest
 from sklearn import datasets as sklearn_datasets
 
-from experiments.datasets import digits, generated, records, registry
+from experiments.datasets import (
+  digits,
+  generated,
+  photographs,
+  records,
+  registry,
+)
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _OPEN = """
@@ -89,6 +95,56 @@ class TestDigits:
     before = [(f.name, f.stat().st_mtime_ns) for f in files]
     registry.open_split("digits", "test", data_dir)
     assert before == [(f.name, f.stat().st_mtime_ns) for f in files]
+
+
+class TestPhotographs:
+  def test_no_pixel_is_in_two_splits_or_two_classes(self):
+    splits = ("train", "validation", "test")
+    # For each pixel, 1 + split + 3 * label; 0 where no crop is.
+    owners = {
+      name: np.zeros((427, 640), int) for name in photographs.PHOTOGRAPHS
+    }
+    for i, split in enumerate(splits):
+      for crop in photographs.crops(split):
+        pixels = owners[crop.photograph][crop.top :, crop.left :][:32, :32]
+        assert pixels.shape == (32, 32)
+        assert set(np.unique(pixels)) <= {0, 1 + i + 3 * crop.label}
+        pixels[:] = 1 + i + 3 * crop.label
+    for owner in owners.values():
+      # Nor are two of them near each other.
+      for distance in range(1, 11):
+        for a, b in (
+          (owner[distance:], owner[:-distance]),
+          (owner[:, distance:], owner[:, :-distance]),
+        ):
+          assert ((a == b) | (a == 0) | (b == 0)).all()
+
+  def test_classes_are_equally_frequent_in_every_split(self):
+    per_class = {"train": 78, "validation": 26, "test": 26}
+    for split, wanted in per_class.items():
+      labels = [crop.label for crop in photographs.crops(split)]
+      np.testing.assert_array_equal(np.bincount(labels), [wanted] * 18)
+
+  def test_records_are_crops_of_the_packages_photographs(self, data_dir):
+    whole = {
+      name: sklearn_datasets.load_sample_image(f"{name}.jpg")
+      for name in photographs.PHOTOGRAPHS
+    }
+    for split in ("train", "validation", "test"):
+      opened = registry.open_split("photographs", split, data_dir)
+      assert opened.class_names == tuple(photographs.class_names())
+      got = set()
+      for i in range(len(opened.records)):
+        record = opened.records[i]
+        image = np.asarray(Image.open(io.BytesIO(record["image"])))
+        assert image.shape == (32, 32, 3)
+        got.add((image.tobytes(), record["label"]))
+      want = set()
+      for crop in photographs.crops(split):
+        image = whole[crop.photograph][crop.top :, crop.left :][:32, :32]
+        assert image.shape == (32, 32, 3)
+        want.add((image.tobytes(), crop.label))
+      assert got == want
 
 
 class TestGenerated:

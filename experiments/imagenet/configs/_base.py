@@ -77,6 +77,7 @@ def _model() -> ml_collections.ConfigDict:
   o.embed_dim = config_dict.placeholder(int)
   o.dim = config_dict.placeholder(int)
   o.in_dim = config_dict.placeholder(int)
+  o.window_size = config_dict.placeholder(tuple)
   o.pos_embed_resize = config_dict.placeholder(str)
   o.drop_path_rate = config_dict.placeholder(float)
   o.scan_layers = config_dict.placeholder(bool)
