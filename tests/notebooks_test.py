@@ -95,6 +95,7 @@ def test_it_plots(quickstart):
   assert len(_pictures(quickstart)) == 3
 
 
+@pytest.mark.long
 def test_a_look_inside(tmp_path):
   executed = _execute("inside.ipynb", tmp_path)
   text = _text(executed)

@@ -38,9 +38,6 @@ _LOSS = 1e-5
 _PARAMS = 1e-4
 
 
-_ONLY_LONG = pytest.mark.long
-
-
 def _mesh(name):
   axes = dict(_MESHES[name])
   if "devices" in axes:
@@ -153,7 +150,7 @@ def _assert_close(state, losses, want):
 
 @pytest.mark.parametrize(
   "name",
-  ["data", "fsdp", "sequence", pytest.param("all", marks=_ONLY_LONG)],
+  ["data", "fsdp", "sequence", pytest.param("all", marks=pytest.mark.long)],
 )
 def test_losses_and_parameters_are_those_of_one_device(run, name):
   got, one = run(name), run("one")
@@ -196,7 +193,7 @@ def test_fsdp_divides_parameters_averages_and_moments(run):
     assert 0.5 * all_of_it < ours < 0.55 * all_of_it
 
 
-@_ONLY_LONG
+@pytest.mark.long
 def test_a_model_with_batch_norms_is_the_same_on_fsdp():
   config = _config(
     **{

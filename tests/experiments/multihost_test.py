@@ -20,7 +20,6 @@ _CONFIG = (*job_lib.TINY, "--config.epochs=2.0", "--config.mesh.fsdp=2")
 _STEPS = 40
 # What a process ends with that has lost another one: on its own, or by JAX.
 _LOST = (76, -signal.SIGABRT)
-_ONLY_LONG = pytest.mark.long
 
 
 def _free_port():
@@ -129,6 +128,7 @@ def test_two_processes_compute_what_one_does(job, whole, tmp_path):
   assert len(sizes) == 1
 
 
+@pytest.mark.long
 def test_every_interruption_of_one_process_ends_both_and_loses_nothing(
   job, whole, tmp_path
 ):
@@ -183,7 +183,7 @@ def test_a_coordinator_out_of_reach_is_an_error_in_time(job, tmp_path):
   assert "Traceback" not in err
 
 
-@_ONLY_LONG
+@pytest.mark.long
 def test_an_error_of_one_process_ends_both_with_its_message(
   job, whole, tmp_path
 ):
@@ -199,7 +199,7 @@ def test_an_error_of_one_process_ends_both_with_its_message(
   assert "File too large" in errs[1]
 
 
-@_ONLY_LONG
+@pytest.mark.long
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(
   job, whole, tmp_path
 ):
