@@ -217,3 +217,24 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(
   job_lib.assert_same_bits(
     job_lib.load(run, _STEPS), job_lib.load(whole, _STEPS)
   )
+
+
+@pytest.mark.long
+def test_tokens_may_be_split_over_processes(job, tmp_path):
+  config = (
+    *job_lib.TINY,
+    "--config.epochs=0.2",
+    "--config.model.overrides.patch_size=4",
+    "--config.model.overrides.stride=4",
+  )
+  code, _, err = job.run(tmp_path / "one", config=config)
+  assert code == 0, err
+  # Both processes load all images.
+  split = (*config, "--config.mesh.sequence=4")
+  codes, errs = _end(_start(job, tmp_path / "two", config=split))
+  assert codes == [0, 0], errs
+  losses = [
+    [x["loss"] for x in job_lib.metrics(tmp_path / name)]
+    for name in ("one", "two")
+  ]
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
