@@ -4,9 +4,9 @@ import io
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
 
+from experiments.datasets import encoding
 from vimjax import optional
 
 # Every fifth image in package order is a test image; of the rest, every eighth
@@ -42,9 +42,7 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
 def _png(image: np.ndarray) -> bytes:
   """Encodes intensities 0 to 16 as a gray PNG with values 0 to 255."""
   gray = np.round(image * (255 / 16)).astype(np.uint8)
-  file = io.BytesIO()
-  Image.fromarray(gray).save(file, "PNG")
-  return file.getvalue()
+  return encoding.encode(gray, "PNG")
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):

@@ -1,11 +1,11 @@
 """Generated JPEGs shaped like ImageNet's: the data of smoke runs and tests."""
 
-import io
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
+
+from experiments.datasets import encoding
 
 _NUM_CLASSES = 10
 _NUM_IMAGES = {"train": 320, "validation": 80, "test": 80}
@@ -33,12 +33,6 @@ def make_image(label: int, rng: np.random.Generator) -> np.ndarray:
   image = 128 + 50 * stripes[..., None] + 50 * colour
   image = image + rng.normal(0, 15, size=(h, w, 3))
   return np.clip(image, 0, 255).astype(np.uint8)
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-  file = io.BytesIO()
-  Image.fromarray(image).save(file, "JPEG", quality=90)
-  return file.getvalue()
 
 
 class VimjaxGenerated(tfds.core.GeneratorBasedBuilder):
@@ -70,5 +64,6 @@ class VimjaxGenerated(tfds.core.GeneratorBasedBuilder):
       label = i % _NUM_CLASSES
       image = make_image(label, np.random.default_rng((stream, i)))
       name = f"{split}_{i:05d}.JPEG"
-      record = {"image": _jpeg(image), "label": label, "file_name": name}
+      jpeg = encoding.encode(image, "JPEG", quality=90)
+      record = {"image": jpeg, "label": label, "file_name": name}
       yield name, record

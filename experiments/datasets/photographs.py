@@ -19,9 +19,9 @@ import io
 from typing import ClassVar, Final
 
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
 
+from experiments.datasets import encoding
 from vimjax import optional
 
 PHOTOGRAPHS: Final = ("china", "flower")
@@ -68,12 +68,6 @@ def crops(split: str) -> Iterator[Crop]:
         yield Crop(photograph, label, top, left)
 
 
-def _png(image: np.ndarray) -> io.BytesIO:
-  file = io.BytesIO()
-  Image.fromarray(image).save(file, "PNG")
-  return io.BytesIO(file.getvalue())
-
-
 class SklearnPhotographs(tfds.core.GeneratorBasedBuilder):
   """2340 crops of two photographs in 18 classes, one for each tile."""
 
@@ -113,10 +107,11 @@ class SklearnPhotographs(tfds.core.GeneratorBasedBuilder):
     for i, crop in enumerate(crops(split)):
       rows = slice(crop.top, crop.top + CROP)
       columns = slice(crop.left, crop.left + CROP)
+      pixels = photographs[crop.photograph][rows, columns]
       yield (
         i,
         {
-          "image": _png(photographs[crop.photograph][rows, columns]),
+          "image": io.BytesIO(encoding.encode(pixels, "PNG")),
           "label": crop.label,
           "top": crop.top,
           "left": crop.left,
