@@ -15,8 +15,8 @@ import statistics
 import sys
 from typing import Any
 
+from experiments import figures
 from experiments.imagenet import errors, metrics, rundir
-from vimjax import optional
 
 # Okabe and Ito's, which stay apart for colour-blind eyes.
 _COLOURS = (
@@ -131,9 +131,7 @@ def _revisions(recorded: dict[str, Any]) -> str:
 
 def draw(runs: Sequence[Run], path: pathlib.Path) -> None:
   """Draws the curves of all runs over their steps."""
-  optional.require("matplotlib", extra="plot")
-  figure_lib = optional.require("matplotlib.figure", extra="plot")
-  figure = figure_lib.Figure(figsize=(13, 4), layout="constrained")
+  figure = figures.make(figsize=(13, 4))
   axes = figure.subplots(1, len(_CURVES))
   for ax, (split, name, title) in zip(axes, _CURVES, strict=True):
     for i, run in enumerate(runs):

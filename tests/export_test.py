@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import quick
 import vimjax
 from vimjax import export
 
@@ -39,10 +38,10 @@ def test_a_loaded_program_gives_the_logits_for_any_batch(name, batches):
   model = MODELS[name]()
   rng = np.random.default_rng(0)
   images = rng.standard_normal((3, 64, 32, 3), np.float32)
-  variables = quick.jit(model.init)(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
   data = export.export_model(model, variables, image_size=(64, 32))
-  program = quick.jit(export.load_exported(data))
-  apply = quick.jit(model.apply)
+  program = jax.jit(export.load_exported(data))
+  apply = jax.jit(model.apply)
   for batch in batches:
     got = program(images[:batch])
     want = apply(variables, images[:batch])
@@ -61,14 +60,14 @@ def test_command_exports_a_checkpoint(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(export.registry, "create_model", create_small)
   model = create_small("vim_tiny", num_classes=7)
   images = np.ones((2, 64, 64, 3), np.float32)
-  variables = quick.jit(model.init)(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
   weights, output = tmp_path / "w.safetensors", tmp_path / "vim.stablehlo"
   vimjax.save_variables(weights, variables)
   argv = ["vim_tiny", "--weights", str(weights), "--output", str(output)]
   assert export.main([*argv, "--size", "64"]) == 0
   assert "images of 64x64" in capsys.readouterr().out
   got = export.load_exported(output.read_bytes())(images)
-  want = quick.jit(model.apply)(variables, images)
+  want = jax.jit(model.apply)(variables, images)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
   weights.unlink()
   assert export.main(argv) == 1

@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 import pallas_kernels
-from tests import quick, tolerances
+from tests import tolerances
 import vimjax
 from vimjax import maps, visualize
 
@@ -31,7 +31,7 @@ def _images(h=64, w=96, b=2):
 
 def _init(name, images):
   model = MODELS[name]()
-  return model, quick.jit(model.init)(jax.random.key(0), images)
+  return model, jax.jit(model.init)(jax.random.key(0), images)
 
 
 def test_implicit_attention_of_a_scan_is_that_of_its_matrix():
@@ -117,7 +117,7 @@ def test_a_map_per_image_for_every_family(name, layer, grid):
 def test_windows_do_not_see_each_other():
   images = _images(64, 96, b=2)
   model = MODELS["mambavision"]().clone(window_size=(8, 8, 2, 2))
-  variables = quick.jit(model.init)(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
   for layer in (0, 1):  # A scan, then softmax attention.
     got = np.asarray(
       maps.token_attention(model, variables, images, layer=layer, token=(3, 5))

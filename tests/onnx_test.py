@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from tests import export_test, quick
+from tests import export_test
 import vimjax
 from vimjax import export, onnx_graph, onnx_program
 
@@ -46,14 +46,14 @@ def test_a_loaded_program_gives_the_logits_for_any_batch(name):
   model = MODELS[name]()
   rng = np.random.default_rng(0)
   images = rng.standard_normal((3, 64, 32, 3), np.float32)
-  variables = quick.jit(model.init)(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
   # Logits of the usual size, so that the tolerance says something.
   variables["params"]["head"]["kernel"] *= 50
   session = _session(export.export_onnx(model, variables, image_size=(64, 32)))
   (given,), (made,) = session.get_inputs(), session.get_outputs()
   assert (given.name, given.shape) == ("images", ["batch", 64, 32, 3])
   assert (made.name, made.shape) == ("logits", ["batch", 4])
-  want = np.asarray(quick.jit(model.apply)(variables, images))
+  want = np.asarray(jax.jit(model.apply)(variables, images))
   assert np.abs(want).max() > 0.1
   for batch in (1, 3):
     got = _run(session, images[:batch])
@@ -189,14 +189,14 @@ def test_command_writes_a_checkpoint_as_onnx(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(export.registry, "create_model", export_test.create_small)
   model = export_test.create_small("vim_tiny", num_classes=7)
   images = np.ones((2, 64, 64, 3), np.float32)
-  variables = quick.jit(model.init)(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
   vimjax.save_variables(tmp_path / "w.safetensors", variables)
   monkeypatch.chdir(tmp_path)
   argv = ["vim_tiny", "--weights", "w.safetensors", "--size", "64"]
   assert export.main([*argv, "--format", "onnx"]) == 0
   assert "wrote vim_tiny.onnx" in capsys.readouterr().out
   session = _session((tmp_path / "vim_tiny.onnx").read_bytes())
-  want = quick.jit(model.apply)(variables, images)
+  want = jax.jit(model.apply)(variables, images)
   np.testing.assert_allclose(_run(session, images), want, rtol=0, atol=1e-4)
 
 

@@ -102,6 +102,8 @@ class Writer:
       name: What they are.
       images: uint8 (b, h, w, 3); the first 16 are shown.
     """
+    if self._events is None and self._wandb is None:
+      return
     pixels = _grid(images[:_SHOWN])
     if self._events is not None:
       self._events.image(step, name, pixels)

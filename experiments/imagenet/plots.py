@@ -2,23 +2,15 @@
 
 from collections.abc import Sequence
 import pathlib
-from typing import Any
 
 import numpy as np
 
+from experiments import figures
 from experiments.imagenet import metrics
-from vimjax import optional
 
 # Green and vermilion that stay apart for colour-blind eyes (Okabe and Ito).
 _RIGHT, _WRONG = "#009e73", "#d55e00"
 _COLUMNS, _ROWS = 10, 6
-
-
-def _figure(**kwargs: Any) -> Any:
-  # Not pyplot: a figure of its own needs no display and leaves no state.
-  optional.require("matplotlib", extra="plot")
-  figure = optional.require("matplotlib.figure", extra="plot")
-  return figure.Figure(layout="constrained", **kwargs)
 
 
 def learning_curves(folder: pathlib.Path) -> str:
@@ -31,7 +23,7 @@ def learning_curves(folder: pathlib.Path) -> str:
     The name of the file in `folder`.
   """
   lines = metrics.read(folder)
-  figure = _figure(figsize=(12, 3.5))
+  figure = figures.make(figsize=(12, 3.5))
   axes = figure.subplots(1, 3)
   for ax, name in zip(axes, ("loss", "accuracy", "lr"), strict=True):
     for split, style in (("train", "-"), ("valid", "o-")):
@@ -71,7 +63,7 @@ def predictions(
   mistakes_first = sorted(examples, key=lambda x: x[1] == x[2])
   shown = mistakes_first[: _COLUMNS * _ROWS]
   name = str if class_names is None else class_names.__getitem__
-  figure = _figure(figsize=(_COLUMNS * 1.1, _ROWS * 1.3))
+  figure = figures.make(figsize=(_COLUMNS * 1.1, _ROWS * 1.3))
   for i, ax in enumerate(figure.subplots(_ROWS, _COLUMNS).flat):
     ax.set_axis_off()
     if i >= len(shown):

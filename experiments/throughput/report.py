@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments import figures
 from experiments.throughput import cases, measure
 import vimjax
-from vimjax import optional
 
 _COLUMNS = (
   "model",
@@ -149,10 +149,7 @@ def growth(rows: Sequence[measure.Row]) -> str:
 
 
 def _axes(**options: Any) -> tuple[Any, Any]:
-  # Not pyplot: a figure of its own needs no display and leaves no state.
-  optional.require("matplotlib", extra="plot")
-  module = optional.require("matplotlib.figure", extra="plot")
-  figure = module.Figure(layout="constrained", figsize=(6, 4))
+  figure = figures.make(figsize=(6, 4))
   ax = figure.subplots()
   ax.grid(alpha=0.3)
   ax.set(**options)

@@ -11,7 +11,6 @@ import pytest
 
 from experiments.imagenet import mixing
 from experiments.imagenet.configs import _base
-from tests import quick
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "training"
 _KEY = jax.random.key(0)
@@ -32,7 +31,7 @@ def batch():
 
 @functools.cache
 def _compiled(**changes):
-  return quick.jit(lambda *xs: mixing.mix(*xs, _config(**changes)))
+  return jax.jit(lambda *xs: mixing.mix(*xs, _config(**changes)))
 
 
 def _mix(batch, key=_KEY, **changes):

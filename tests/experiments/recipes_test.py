@@ -277,12 +277,6 @@ def test_every_recipe_takes_a_step(name, data_dir):
   """
   config, train_step, shapes, batch = _program(name, data_dir)
   before = _filled(shapes)
-  train_step = train_step.lower(before, batch).compile(
-    compiler_options={
-      "xla_backend_optimization_level": 0,
-      "xla_llvm_disable_expensive_passes": True,
-    }
-  )
   state, numbers = jax.device_get(train_step(before, batch))
   assert numbers["finite"]
   # Ten classes, and no idea yet. To that MESA adds what drop path and the

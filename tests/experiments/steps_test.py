@@ -14,11 +14,6 @@ from experiments.imagenet.configs import _base
 from vimjax.layers import batch_norm
 
 _SIZE, _CLASSES, _BATCH = 4, 6, 16
-# Compiles in less time to slower code, as `tests.quick`.
-_QUICK = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
 
 
 class _Net(nn.Module):
@@ -81,11 +76,8 @@ def _run(
     train_step = steps.make_train_step(
       model, tx, schedule, config, mesh, total_steps=total_steps
     )
-    for i, batch in enumerate(batches or map(_batch, range(count))):
+    for batch in batches or map(_batch, range(count)):
       batch = steps.put_batch(batch, config, mesh)
-      if not i:
-        lowered = train_step.lower(state, batch)
-        train_step = lowered.compile(compiler_options=_QUICK)
       state, values = train_step(state, batch)
       numbers.append(jax.device_get(values))
   return first, jax.device_get(state), numbers

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from tests import golden_data, quick
+from tests import golden_data
 import vimjax
 from vimjax.layers import attention
 from vimjax.weights import deit as deit_weights
@@ -38,12 +38,12 @@ def _small(**fields):
   return model, variables, images
 
 
-@functools.partial(quick.jit, static_argnums=0, static_argnames="method")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def _apply(model, variables, images, method=None):
   return model.apply(variables, images, method=method)
 
 
-@functools.partial(quick.jit, static_argnums=0, static_argnames="train")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
 def _value_and_gradient(model, variables, images, train=False):
   def loss(variables):
     rngs = {"drop_path": jax.random.key(0)}
@@ -136,7 +136,7 @@ def test_flash_attention_equals_plain_attention(dtype):
   )
   images = golden_data.make_images("flash", (2, 3, 96, 96))
   flash = model.clone(attention_implementation="cudnn")
-  text = quick.jit(flash.apply).lower(variables, images).as_text()
+  text = jax.jit(flash.apply).lower(variables, images).as_text()
   assert "cudnn" in text
   want = _value_and_gradient(model.clone(dtype="float32"), variables, images)
   plain = _value_and_gradient(model, variables, images)
@@ -193,7 +193,7 @@ def _to_state_dict(flat):
 
 def test_features_and_pooled_are_the_normalised_tokens():
   model, variables, images = _small()
-  logits, state = quick.jit(
+  logits, state = jax.jit(
     lambda v, x: model.apply(
       v, x, capture_intermediates=True, mutable=["intermediates"]
     )
@@ -228,7 +228,7 @@ def test_bfloat16_computes_in_bfloat16_around_a_float32_stream():
   want = _apply(model, variables, images)
   explicit = model.clone(dtype="bfloat16")
   for run_model, x in ((explicit, images), (model, images.astype("bfloat16"))):
-    logits, state = quick.jit(
+    logits, state = jax.jit(
       lambda v, x, m=run_model: m.apply(
         v, x, capture_intermediates=True, mutable=["intermediates"]
       )
@@ -274,7 +274,7 @@ def test_bfloat16_does_not_round_the_sum_with_the_position():
   variables = jax.tree.map(np.zeros_like, variables)
   position = variables["params"]["pos_embed"]
   position += np.float32(1 + 2.0**-12)  # bfloat16 would take it for 1.
-  _, state = quick.jit(
+  _, state = jax.jit(
     lambda v, x: model.apply(
       v, x, capture_intermediates=True, mutable=["intermediates"]
     )
@@ -302,7 +302,7 @@ def test_one_trace_per_image_size():
   model, variables, images = _small(scan_layers=True)
   traces = []
 
-  @quick.jit
+  @jax.jit
   def run(variables, images):
     traces.append(images.shape)
     return model.apply(variables, images)
@@ -346,9 +346,7 @@ def test_impossible_fields_are_refused_when_the_model_is_made(fields, message):
 
 def test_initial_values_are_those_of_the_official_code():
   model = vimjax.create_model("deit_tiny", scan_layers=True)
-  variables = quick.jit(model.init)(
-    jax.random.key(0), jnp.zeros((1, 16, 16, 3))
-  )
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
   flat = traverse_util.flatten_dict(variables["params"], sep="/")
   for path, leaf in flat.items():
     x = np.asarray(leaf, np.float64)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import golden_data, quick
+from tests import golden_data
 import vimjax
 from vimjax.layers import batch_norm, conv, windows
 from vimjax.weights import mambavision as mambavision_weights
@@ -47,12 +47,12 @@ def _small(**fields):
   return model, variables, images
 
 
-@functools.partial(quick.jit, static_argnums=0, static_argnames="method")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def _apply(model, variables, images, method=None):
   return model.apply(variables, images, method=method)
 
 
-@functools.partial(quick.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _train_step(model, variables, images):
   """(loss, (logits, new statistics)), gradient."""
 
@@ -202,7 +202,7 @@ def test_a_sharded_batch_counts_as_a_whole():
   x = np.random.default_rng(0).normal(size=(8, 3, 4)).astype(np.float32)
   variables = norm.init(jax.random.key(0), x)
 
-  @quick.jit
+  @jax.jit
   def run(x):
     def f(x):
       return norm.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -218,7 +218,7 @@ def test_a_sharded_batch_counts_as_a_whole():
   chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-@functools.partial(quick.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _train(model, variables, images):
   """(logits, new statistics)."""
   logits, updates = model.apply(
@@ -267,7 +267,7 @@ def test_rematerialised_blocks_give_the_same_numbers():
 def test_drop_path_rates_grow_over_all_blocks():
   model, variables, _ = _small(drop_path_rate=0.4, window_size=(8, 8, 1, 1))
   images = golden_data.make_images("any", (256, 3, 16, 16))
-  _, state = quick.jit(
+  _, state = jax.jit(
     lambda v, x: model.apply(
       v,
       x,
@@ -329,7 +329,7 @@ def test_bfloat16_computes_in_bfloat16_around_float32_tokens():
   model, variables, images = _small()
   want = _apply(model, variables, images)
   explicit = model.clone(dtype="bfloat16")
-  logits, state = quick.jit(
+  logits, state = jax.jit(
     lambda v, x: explicit.apply(
       v, x, capture_intermediates=True, mutable=["intermediates"]
     )
@@ -364,7 +364,7 @@ def test_one_trace_per_image_size():
   model, variables, images = _small()
   traces = []
 
-  @quick.jit
+  @jax.jit
   def run(variables, images):
     traces.append(images.shape)
     return model.apply(variables, images)
@@ -445,7 +445,7 @@ def test_initial_values_have_the_official_mean_and_deviation(name):
 def _initial_values(model):
   """Our paths as in rules, and float64 values."""
   image = jnp.zeros((1, 32, 32, 3))
-  variables = quick.jit(model.init)(jax.random.key(0), image)
+  variables = jax.jit(model.init)(jax.random.key(0), image)
   flat = traverse_util.flatten_dict(variables, sep="/")
   return {
     path.removeprefix("params/"): np.asarray(x, np.float64)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import golden_data, quick
+from tests import golden_data
 import vimjax
 from vimjax.layers import attention, conv_block, window_block
 from vimjax.models import mambavision
@@ -94,7 +94,7 @@ def test_tiny_models_equal_the_official_ones(name):
   model, variables, images, want = _tiny(name)
   cotangent = golden_data.make_cotangent(name, (2, 10))
 
-  @quick.jit
+  @jax.jit
   def run(params, images):
     def loss(params, images):
       logits, state = model.apply(
@@ -232,7 +232,7 @@ def test_parts_equal_the_official_ones(name):
   variables = traverse_util.unflatten_dict(flat, sep="/")
   x = _channel_last(want["input"])
 
-  @quick.jit
+  @jax.jit
   def run(params, x):
     def f(params, x):
       return module.apply({**variables, "params": params}, x)

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 import numpy as np
 import pytest
 
-from tests import quick, tolerances
+from tests import tolerances
 import vimjax
 
 
@@ -25,7 +25,7 @@ def _setup(class_token):
   )
   rng = np.random.default_rng(0)
   images = rng.standard_normal((1, 128, 128, 3), np.float32)
-  variables = quick.jit(model.init)(jax.random.key(0), images)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
 
   def loss(variables, images):
     logits = model.apply(variables, images)
@@ -42,12 +42,12 @@ def _setup(class_token):
 @pytest.mark.parametrize("class_token", ["middle", "none"])
 def test_splitting_the_tokens_changes_no_result(class_token):
   run, variables, images = _setup(class_token)
-  want = quick.jit(run)(variables, images)
+  want = jax.jit(run)(variables, images)
   run, variables, images = _setup(class_token)
   mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
   with jax.set_mesh(mesh):
     placed = jax.device_put((variables, images), NamedSharding(mesh, jax.P()))
-    program = quick.jit(run).lower(*placed).compile()
+    program = jax.jit(run).lower(*placed).compile()
     got = program(*placed)
   (_, logits), gradients = got
   (_, want_logits), want_gradients = want

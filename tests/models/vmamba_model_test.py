@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.cross_selective_scan import arg_specs
-from tests import golden_data, quick
+from tests import golden_data
 from tests.models import vmamba_test
 import vimjax
 from vimjax.layers import conv, cross_scan, ssd
@@ -50,7 +50,7 @@ def _small(generation="v2", **fields):
   )
 
 
-@functools.partial(quick.jit, static_argnums=0, static_argnames="method")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def _apply(model, variables, images, method=None):
   return model.apply(variables, images, method=method)
 
@@ -103,7 +103,7 @@ def test_feature_maps_of_any_image_size(generation, size, want):
 def test_scanned_and_rematerialised_blocks_change_nothing():
   model, variables = _small(depths=(2,))
   images = _images()
-  loss = lambda model: quick.jit(
+  loss = lambda model: jax.jit(
     jax.value_and_grad(lambda v: jnp.sin(model.apply(v, images)).sum())
   )
   want, want_gradient = loss(model)(variables)
@@ -119,7 +119,7 @@ def test_drop_path_grows_over_the_blocks_and_only_in_training():
   model, variables = _small(drop_path_rate=0.6, scan_layers=True)
   variables = vimjax.stack_layers(variables)
   images = _images()
-  run = quick.jit(
+  run = jax.jit(
     lambda key: model.apply(
       variables, images, train=True, rngs={"drop_path": key}
     )
@@ -168,7 +168,7 @@ def test_one_trace_per_image_size():
   model, variables = _small("m2")
   traces = []
 
-  @quick.jit
+  @jax.jit
   def run(variables, images):
     traces.append(images.shape)
     return model.apply(variables, images)
@@ -262,7 +262,7 @@ def test_chunks_of_matrix_products_equal_the_recurrence(length, reverse):
 
     every = tuple(range(len(arrays)))
     f = jax.value_and_grad(loss, argnums=every, has_aux=True)
-    return quick.jit(f)(*arrays)
+    return jax.jit(f)(*arrays)
 
   with jax.enable_x64(True):
     want = jax.tree.map(np.asarray, run(_ssd_by_hand, arrays))
@@ -330,7 +330,7 @@ INITIAL = {
 def test_initial_values_are_distributed_as_the_official_ones(official):
   model = vimjax.create_model(INITIAL[official], scan_layers=True)
   # Compiled, the forward pass is dropped.
-  init = quick.jit(lambda key: model.init(key, jnp.zeros((1, 32, 32, 3))))
+  init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 32, 32, 3))))
   params = vimjax.unstack_layers(init(jax.random.key(0)))["params"]
   flat = traverse_util.flatten_dict(params, sep="/")
   for key, facts in golden_data.load_json(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import golden_data, quick
+from tests import golden_data
 import vimjax
 from vimjax.layers import pyramid, ss2d
 from vimjax.weights import vmamba as vmamba_weights
@@ -113,7 +113,7 @@ def test_tiny_models_equal_the_official_ones(name):
   model, variables, images, want = _tiny(name)
   cotangent = golden_data.make_cotangent(name, (2, 10))
 
-  @quick.jit
+  @jax.jit
   def run(params, images):
     def loss(params, images):
       logits, state = model.apply(
@@ -238,7 +238,7 @@ def test_parts_equal_the_official_ones(name):
   to_ours = lambda x: x.transpose(0, 2, 3, 1) if channel_first else x
   to_official = lambda x: x.transpose(0, 3, 1, 2) if channel_first else x
 
-  @quick.jit
+  @jax.jit
   def run(params, x, cotangent):
     f = lambda params, x: module.apply({"params": params}, x)
     y, pull = jax.vjp(f, params, x)
