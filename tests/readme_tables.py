@@ -12,8 +12,10 @@ import json
 import pathlib
 import re
 import sys
+import textwrap
 from typing import Any
 
+from experiments import evidence
 from experiments.throughput import against_timm, report
 import vimjax
 from vimjax import flops, registry
@@ -107,6 +109,24 @@ def digits() -> str:
   )
 
 
+def small_data() -> str:
+  """Test accuracies of four families on two small data sets."""
+  result = _result("evidence.json")
+  rates = ", ".join(f"{rate:g}" for rate in result["peak_lrs"])
+  seeds = ", ".join(str(seed) for seed in result["seeds"])
+  tests = {run["dataset"]: run["test_images"] for run in result["runs"]}
+  images = " and ".join(f"{n} ({name})" for name, n in tests.items())
+  note = (
+    f"Percent of the test images, {images}: mean, lowest and highest of seeds "
+    f"{seeds}, after {result['epochs']:g} epochs in batches of "
+    f"{result['batch_size']}, with the peak learning rate of {rates} that "
+    "validation chose. MMACs: millions of multiply-accumulates for an image. "
+    f"All {len(result['runs'])} runs are in experiments/results/evidence.json "
+    f"({result['device']}, jax {result['versions']['jax']}, {result['date']})."
+  )
+  return f"{evidence.table(result)}\n\n{textwrap.fill(note, 80)}"
+
+
 def bench() -> str:
   """Ratios to the baseline, forward plus backward, on a CPU."""
   result = _result("selective_scan_cpu.json")
@@ -168,6 +188,7 @@ def cpu_models() -> str:
 PARTS: dict[str, tuple[pathlib.Path, Callable[[], str]]] = {
   "models": (README, models),
   "digits": (README, digits),
+  "evidence": (README, small_data),
   "bench": (README, bench),
   "throughput": (README, throughput),
   "cpu_models": (README, cpu_models),

@@ -69,6 +69,10 @@ COMMANDS = {
   "python -m experiments.input_bench": (
     "tests/experiments/input_bench_test.py"
   ),
+  # An hour; the test takes one family, one data set and two steps.
+  "python -m experiments.evidence --workdir runs/evidence": (
+    "tests/experiments/evidence_test.py"
+  ),
   # In two processes on one machine, with a tiny model.
   f"{_TRAIN} vim_tiny --workdir runs/vim_tiny --coordinator host0:4321 "
   "--num_processes 2 --process_id 0": "tests/experiments/multihost_test.py",
@@ -209,7 +213,9 @@ def test_export_to_onnx(folder):
   assert (logits == 0).all()
 
 
-@pytest.mark.parametrize("name", ["models", "digits", "bench", "throughput"])
+@pytest.mark.parametrize(
+  "name", ["models", "digits", "evidence", "bench", "throughput"]
+)
 def test_generated_parts_are_current(name):
   file, generate = readme_tables.PARTS[name]
   assert file == readme_tables.README

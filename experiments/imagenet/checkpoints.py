@@ -47,7 +47,9 @@ class Record:
     best_accuracy: That accuracy, 0 to 1.
     best_loss: The validation loss there, which decides between equals.
     corrupt: Ids of the unreadable records met so far, sorted, by split.
-    examples: Records in the training split.
+    examples: How many records each split has.
+    initial: Where the weights that the run started from are from, and their
+      licence; see `initial.load`. None: it started from nothing.
   """
 
   step: int = 0
@@ -56,7 +58,8 @@ class Record:
   best_accuracy: float = 0.0
   best_loss: float = 0.0
   corrupt: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-  examples: int = 0
+  examples: dict[str, int] = dataclasses.field(default_factory=dict)
+  initial: dict[str, Any] | None = None
 
 
 @jax.jit

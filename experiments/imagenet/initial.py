@@ -74,7 +74,12 @@ def _find(
   published = vimjax.get_variant(name).pretrained
   if published is None:
     raise ValueError(f"no weights were published for {name}.")
-  return download.fetch(published), published
+  path = download.fetch(
+    published,
+    accept_license=config.accept_license,
+    consent="--config.accept_license=True",
+  )
+  return path, published
 
 
 def _of_the_family(own: variants.Variant) -> variants.Pretrained | None:

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -59,7 +60,11 @@ class Writer:
     kept = [line for line in read(folder) if line["step"] <= start_step]
     self._kept = {(line["step"], line["split"]) for line in kept}
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    with open(temporary, "w") as file:
+      file.writelines(json.dumps(line) + "\n" for line in kept)
+      file.flush()
+      # Else a crash of the machine may leave the new name without the lines.
+      os.fsync(file.fileno())
     os.replace(temporary, path)
     self._file = open(path, "a", buffering=1)
     if tensorboard:
@@ -131,13 +136,34 @@ def _grid(images: np.ndarray) -> np.ndarray:
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl, without a last one cut off by a crash."""
+  """The lines of metrics.jsonl, without what a crash has cut off or damaged.
+
+  A last line without its end is left out; another that is none of ours is
+  named in a warning, since no checkpoint depends on it.
+  """
+  path = folder / "metrics.jsonl"
   try:
-    text = (folder / "metrics.jsonl").read_text()
+    text = path.read_text(errors="replace")
   except FileNotFoundError:
     return []
-  complete = text[: text.rfind("\n") + 1]
-  return [json.loads(line) for line in complete.splitlines()]
+  found = []
+  for number, text_line in enumerate(text.split("\n")[:-1], 1):
+    line = _parse(text_line)
+    if line is None:
+      logging.warning("Ignored line %d of %s, which is damaged", number, path)
+    else:
+      found.append(line)
+  return found
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+  try:
+    line = json.loads(text)
+  except ValueError:
+    return None
+  if not isinstance(line, dict) or not {"step", "split"} <= line.keys():
+    return None
+  return line
 
 
 class _Events:

@@ -62,7 +62,6 @@ def predictions(
   """
   mistakes_first = sorted(examples, key=lambda x: x[1] == x[2])
   shown = mistakes_first[: _COLUMNS * _ROWS]
-  name = str if class_names is None else class_names.__getitem__
   figure = figures.make(figsize=(_COLUMNS * 1.1, _ROWS * 1.3))
   for i, ax in enumerate(figure.subplots(_ROWS, _COLUMNS).flat):
     ax.set_axis_off()
@@ -71,10 +70,16 @@ def predictions(
     image, label, predicted = shown[i]
     ax.imshow(image, interpolation="nearest")
     right = label == predicted
-    title = name(predicted)[:12]
+    title = _name(predicted, class_names)
     if not right:
-      title = f"{title}\nnot {name(label)[:12]}"
-    ax.set_title(title, fontsize=7, color=_RIGHT if right else _WRONG, pad=2)
+      title = f"{title}\nnot {_name(label, class_names)}"
+    ax.set_title(
+      title,
+      fontsize=7,
+      color=_RIGHT if right else _WRONG,
+      pad=2,
+      parse_math=False,  # A "$" in the name of a class is one.
+    )
   wrong = sum(label != predicted for _, label, predicted in examples)
   figure.suptitle(
     f"predictions, mistakes first ({wrong} of {len(examples)} images)",
@@ -82,3 +87,12 @@ def predictions(
   )
   figure.savefig(folder / "predictions.png", dpi=120)
   return "predictions.png"
+
+
+def _name(label: int, class_names: Sequence[str] | None) -> str:
+  """A short name, or the number where the model has more classes than names."""
+  if class_names is None or label >= len(class_names):
+    return str(label)
+  # Names of files need not be UTF-8, but what is drawn must be.
+  printable = class_names[label].encode(errors="replace").decode()
+  return printable[:12]

@@ -1,4 +1,4 @@
-"""What a configuration means: its checks, its model, its steps, its plan."""
+"""What a configuration means: its model, its steps, its plan."""
 
 from collections.abc import Callable
 import dataclasses
@@ -8,25 +8,24 @@ from typing import Any
 from absl import logging
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import optax
 
+from experiments.datasets import records
 from experiments.imagenet import (
   agreement,
   checkpoints,
+  checks,
   errors,
   input_pipeline,
   interrupts,
   optimizer,
-  sharding,
+  stages,
   steps,
 )
 from experiments.imagenet import state as state_lib
 import vimjax
-from vimjax import optional, registry
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from vimjax import registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,138 +70,6 @@ def make_plan(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Plan:
   )
 
 
-def check_config(config: ml_collections.ConfigDict) -> None:
-  """Rejects values that no run can have, before anything is written.
-
-  Args:
-    config: The run's configuration.
-
-  Raises:
-    errors.ConfigError: Names the field, what it must be and what it is.
-    errors.MissingPackageError: A field needs a package that is not installed.
-  """
-  c = config
-  try:
-    sizes = sharding.axis_sizes(**c.mesh, devices=jax.device_count())
-  except ValueError as error:
-    raise errors.ConfigError(f"config.mesh: {error}") from error
-  # Between these the images of a batch are divided.
-  devices = sizes[sharding.DATA] * sizes[sharding.FSDP]
-  dtype = c.model.overrides.dtype
-  problems = [
-    f"config.{name}={value!r} must be {wanted}."
-    for name, value, wanted, holds in (
-      ("batch_size", c.batch_size, "positive", c.batch_size > 0),
-      ("eval_batch_size", c.eval_batch_size, "positive", c.eval_batch_size > 0),
-      ("epochs", c.epochs, "positive", c.epochs > 0),
-      (
-        "ema_decay",
-        c.ema_decay,
-        "in [0, 1), and positive for eval_weights='ema'",
-        0 <= c.ema_decay < 1 and (c.ema_decay or c.eval_weights != "ema"),
-      ),
-      (
-        "eval_weights",
-        c.eval_weights,
-        "'model' or 'ema'",
-        c.eval_weights in ("model", "ema"),
-      ),
-      (
-        "accumulation_steps",
-        c.accumulation_steps,
-        f"positive, and dividing the batch into parts for {devices} devices",
-        c.accumulation_steps > 0
-        and c.batch_size % (devices * c.accumulation_steps) == 0,
-      ),
-      (
-        "mixup.group_size",
-        c.mixup.group_size,
-        "even and a divisor of batch_size, or 0",
-        not c.mixup.group_size
-        or (
-          c.mixup.group_size > 0
-          and c.mixup.group_size % 2 == 0
-          and c.batch_size % c.mixup.group_size == 0
-        ),
-      ),
-      (
-        "mesa.weight",
-        c.mesa.weight,
-        "0, or positive with an average (ema_decay)",
-        c.mesa.weight == 0 or (c.mesa.weight > 0 and c.ema_decay > 0),
-      ),
-      (
-        "non_finite",
-        c.non_finite,
-        "'stop' or 'skip'",
-        c.non_finite in ("stop", "skip"),
-      ),
-      (
-        "init_weights",
-        c.init_weights,
-        "'model' or 'ema'",
-        c.init_weights in ("model", "ema"),
-      ),
-      ("data.repeats", c.data.repeats, "positive", c.data.repeats > 0),
-      (
-        "data.crop_interpolation",
-        c.data.crop_interpolation,
-        "'bicubic', 'bilinear' or 'random'",
-        c.data.crop_interpolation in ("bicubic", "bilinear", "random"),
-      ),
-      ("data.mean", c.data.mean, "three numbers", len(c.data.mean) == 3),
-      ("data.std", c.data.std, "three numbers", len(c.data.std) == 3),
-      ("data.valid_split", c.data.valid_split, "given", c.data.valid_split),
-      (
-        "model.overrides.dtype",
-        dtype,
-        f"one of {sorted(DTYPES)}",
-        dtype in DTYPES,
-      ),
-      ("log.every_steps", c.log.every_steps, ">= 1", c.log.every_steps >= 1),
-      ("checkpoint.keep", c.checkpoint.keep, ">= 1", c.checkpoint.keep >= 1),
-      *(
-        (
-          name,
-          c[name],
-          f"a multiple of the {devices} devices "
-          "(config.mesh.data x config.mesh.fsdp) that share its images",
-          c[name] % devices == 0,
-        )
-        for name in ("batch_size", "eval_batch_size")
-      ),
-    )
-    if not holds
-  ]
-  if sizes[sharding.SEQUENCE] > 1 and not _splits_tokens(c):
-    problems.append(
-      f"config.mesh.sequence={c.mesh.sequence} must be 1 for "
-      f"{c.model.name!r}: only Vim's layers can pass the state of their scan "
-      "from device to device. config.mesh.fsdp and config.accumulation_steps "
-      "save memory with every model."
-    )
-  if problems:
-    raise errors.ConfigError("\n".join(problems))
-  for name, wanted, package, extra in (
-    ("checkpoint.export", c.checkpoint.export, "safetensors", "weights"),
-    ("log.wandb", c.log.wandb, "wandb", "wandb"),
-  ):
-    if wanted:
-      try:
-        optional.require(package, extra=extra)
-      except ModuleNotFoundError as error:
-        raise errors.MissingPackageError(
-          f"config.{name}={wanted!r}: {error}"
-        ) from error
-
-
-def _splits_tokens(config: ml_collections.ConfigDict) -> bool:
-  """Whether the tokens of the model can be divided over devices."""
-  if config.model.name not in vimjax.list_models():
-    return True  # `make_model` has more to say about that.
-  return vimjax.get_variant(config.model.name).module is vimjax.Vim
-
-
 def fill_in(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A copy of `config` with the number of classes, where that is the data's.
 
@@ -243,7 +110,7 @@ def make_model(config: ml_collections.ConfigDict) -> nn.Module:
   module = vimjax.get_variant(config.model.name).module
   if "image_size" in registry.field_names(module):
     fields.setdefault("image_size", config.data.image_size)
-  fields["dtype"] = DTYPES[fields["dtype"]]
+  fields["dtype"] = checks.DTYPES[fields["dtype"]]
   return vimjax.create_model(config.model.name, **fields)
 
 
@@ -269,6 +136,16 @@ class Run:
     return state.variables(self.config.eval_weights)
 
 
+def _open_splits(config: ml_collections.ConfigDict) -> None:
+  """Finds now what is wrong with a split that is read hours from now."""
+  data = config.data
+  for split in filter(None, (data.valid_split, data.test_split)):
+    if not input_pipeline.num_examples(config, split):
+      raise records.DataError(
+        f"{data.name!r} ({split}) has no image to evaluate."
+      )
+
+
 def prepare(
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
@@ -290,9 +167,13 @@ def prepare(
 
   Raises:
     errors.ConfigError: A value does not fit the data set or the model.
+    records.DataError: A split is missing, damaged or empty.
   """
   try:
     plan = make_plan(config, input_pipeline.steps_per_epoch(config))
+    _open_splits(config)
+    # Reads config.data.randaugment.
+    stages.make_augment(config)
     names = input_pipeline.class_names(config)
     classes = config.model.overrides.num_classes
     if names is not None and len(names) > classes:

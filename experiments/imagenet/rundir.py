@@ -39,6 +39,7 @@ FIXED = (
   "data.name",
   "data.train_split",
   "data.folder",
+  "data.image_size",
   "data.repeats",
   "ema_decay",
   "init_from",
@@ -101,13 +102,20 @@ def claim(workdir: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
       lock.seek(0)
       owner = lock.read().strip() or "unknown"
       raise errors.WorkdirError(
         f"Another run (process {owner}) is writing to {folder}. Wait for it, "
         "or choose another --workdir."
       ) from error
+    except OSError as error:
+      # Some network file systems know no locks. Training there is possible.
+      logging.warning(
+        "Cannot lock %s (%s): nothing will keep a second run out of it",
+        folder,
+        error.strerror or error,
+      )
     # The lock goes away with the process, however it dies; the number is for
     # the message above.
     lock.truncate(0)
@@ -219,7 +227,7 @@ def record_config(
     config: The configuration now.
     step: The step from which on it holds.
     changed: From `compare_config`.
-    initial: What is known of a new run's initial weights.
+    initial: What is known of the run's initial weights.
   """
   if jax.process_index():
     return
@@ -229,9 +237,7 @@ def record_config(
     recorded = {"config": {}, "changes": [], "sessions": []}
   else:
     _warn_of(recorded, now)
-  # Also when a run begins again that was stopped before its first checkpoint.
-  if initial is not None or "initial_weights" not in recorded:
-    recorded["initial_weights"] = initial
+  recorded["initial_weights"] = initial
   for name, (then, value) in changed.items():
     logging.warning("config.%s changed from %r to %r", name, then, value)
     recorded["changes"].append(

@@ -70,7 +70,8 @@ def make_train_step(
   Args:
     model: Maps normalised images to logits.
     tx: From `optimizer.make_optimizer`.
-    schedule: From `optimizer.make_schedule`; reported, not applied, here.
+    schedule: From `optimizer.make_schedule`; reported, not applied, here, at
+      the optimiser's own count of steps, which leaves skipped ones out.
     config: The run's configuration.
     mesh: From `sharding.make_mesh`.
     total_steps: Of the run; `config.mesa.start` is a share of them.
@@ -172,7 +173,7 @@ def make_train_step(
       # Its square overflows long before the parameters do, so a step that is
       # about to destroy them is seen before it is saved.
       "update_norm": optax.tree.norm(updates),
-      "lr": schedule(state.step),
+      "lr": schedule(optimizer.count(state.opt_state)),
     }
     metrics["finite"] = jnp.isfinite(sum(metrics.values()))
     new = dataclasses.replace(

@@ -21,6 +21,7 @@ import numpy as np
 from experiments.imagenet import (
   agreement,
   checkpoints,
+  checks,
   errors,
   input_pipeline,
   interrupts,
@@ -61,7 +62,7 @@ def train_and_evaluate(
     OSError: A file cannot be read or written.
   """
   agreement.check_equal(rundir.flatten(config.to_dict()))
-  agreement.together(lambda: run_lib.check_config(config))
+  agreement.together(lambda: checks.check_config(config))
   config = agreement.together(lambda: run_lib.fill_in(config))
   with contextlib.ExitStack() as stack:
     folder = agreement.together(
@@ -85,10 +86,14 @@ def train_and_evaluate(
     run = agreement.together(
       lambda: run_lib.prepare(config, folder, mesh, saved, interrupt)
     )
-    state, record, initial = start(run)
+    state, record = start(run)
     agreement.together(
       lambda: rundir.record_config(
-        folder, config, step=record.step, changed=changed, initial=initial
+        folder,
+        config,
+        step=record.step,
+        changed=changed,
+        initial=record.initial,
       )
     )
     # From an earlier configuration: if this one is cut off, it has no result.
@@ -99,21 +104,18 @@ def train_and_evaluate(
     return result
 
 
-def start(
-  run: run_lib.Run,
-) -> tuple[state_lib.State, checkpoints.Record, dict[str, Any] | None]:
+def start(run: run_lib.Run) -> tuple[state_lib.State, checkpoints.Record]:
   """The state to go on from: the newest sound checkpoint, or a new one.
 
-  Returns:
-    The state, its record and, for a new one that starts from weights, where
-    these are from.
-
   Raises:
-    errors.ConflictError: The training data has grown or shrunk since.
+    errors.ConflictError: A split has grown or shrunk since.
   """
   data = run.config.data
-  examples = input_pipeline.num_examples(run.config, data.train_split)
-  agreement.check_equal({"training images": examples})
+  splits = filter(None, (data.train_split, data.valid_split, data.test_split))
+  examples = {
+    split: input_pipeline.num_examples(run.config, split) for split in splits
+  }
+  agreement.check_equal({f"images of {k!r}": n for k, n in examples.items()})
   shapes = state_lib.state_shapes(run.model, run.tx, run.config, run.mesh)
   total = run.plan.total_steps
   restored = run.checkpoints.restore(shapes)
@@ -136,16 +138,18 @@ def start(
       f"parameters, {total} steps of {run.config.batch_size} images on "
       f"{jax.device_count()} device(s)"
     )
-    return state, checkpoints.Record(examples=examples), initial
-  if restored[1].examples != examples:
-    raise errors.ConflictError(
-      f"{data.name!r} ({data.train_split}) had {restored[1].examples} images "
-      f"when {run.folder} was saved, and has {examples} now: the run would go "
-      "on with others than it began with. Restore the data, or choose another "
-      "--workdir."
-    )
-  metrics.say(f"resumed {run.folder} from step {restored[1].step} of {total}")
-  return *restored, None
+    return state, checkpoints.Record(examples=examples, initial=initial)
+  record = restored[1]
+  for split, now in examples.items():
+    then = record.examples.setdefault(split, now)
+    if then != now:
+      raise errors.ConflictError(
+        f"{data.name!r} ({split}) had {then} images when {run.folder} was "
+        f"saved, and has {now} now: the run would go on with others than it "
+        "began with. Restore the data, or choose another --workdir."
+      )
+  metrics.say(f"resumed {run.folder} from step {record.step} of {total}")
+  return restored
 
 
 def train(
@@ -334,7 +338,6 @@ def finish(
   )
   _stop_if_interrupted(run, record.step)
   recorded = rundir.read_json(run.folder / rundir.CONFIG) or {}
-  initial = recorded.get("initial_weights")
   result = {
     "model": c.model.name,
     "data": c.data.name,
@@ -347,7 +350,7 @@ def finish(
     "best_valid_accuracy": record.best_accuracy,
     "total_steps": run.plan.total_steps,
     "corrupt": corrupt.by_split(),
-    "initial_weights": initial,
+    "initial_weights": record.initial,
     "git_revision": recorded.get("git_revision"),
     "plots": [],
   }
@@ -358,21 +361,33 @@ def finish(
     variables = sharding.gather(run.eval_variables(state), run.mesh)
 
   def write() -> dict[str, Any]:
-    if c.log.plots:
-      result["plots"] = [
-        plots.learning_curves(run.folder),
-        plots.predictions(run.folder, predicted, input_pipeline.class_names(c)),
-      ]
     if variables is not None:
       vimjax.save_variables(
         run.folder / WEIGHTS,
         variables,
-        metadata=initial_lib.metadata(c, initial),
+        metadata=initial_lib.metadata(c, record.initial),
       )
+    if c.log.plots:
+      result["plots"] = draw(run, predicted)
     rundir.write_json(run.folder / rundir.RESULT, result)
     return result
 
   return agreement.on_first(write)
+
+
+def draw(
+  run: run_lib.Run, predicted: list[tuple[np.ndarray, int, int]]
+) -> list[str]:
+  """Names of the plots; none, and a warning, where they cannot be drawn."""
+  names = input_pipeline.class_names(run.config)
+  try:
+    return [
+      plots.learning_curves(run.folder),
+      plots.predictions(run.folder, predicted, names),
+    ]
+  except Exception as error:  # Whatever it is, the result is worth more.
+    logging.warning("No plots: %s: %s", type(error).__name__, error)
+    return []
 
 
 def _predict(

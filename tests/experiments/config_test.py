@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments import config_names
-from experiments.imagenet import recipes, rundir
+from experiments.imagenet import checks, recipes, rundir
 from experiments.imagenet import run as run_lib
 from experiments.imagenet.configs import _base, _recipe, digits
 
@@ -67,6 +67,11 @@ class TestFiles:
     assert not c.data.flip
     splits = (c.data.train_split, c.data.valid_split, c.data.test_split)
     assert splits == ("train", "validation", "test")
+
+  @pytest.mark.parametrize("argument", ["", ":smoke"])
+  @pytest.mark.parametrize("name", recipes.RECIPES)
+  def test_no_check_refuses_a_recipe(self, name, argument):
+    checks.check_config(_recipe.get_config(name + argument))
 
   def test_a_wrong_argument_is_answered_with_the_nearest(self):
     with pytest.raises(ValueError, match="Did you mean 'smoke'"):

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 from sklearn import datasets as sklearn_datasets
+from sklearn import neighbors
 
 from experiments.datasets import (
   digits,
@@ -97,6 +99,19 @@ class TestDigits:
     assert before == [(f.name, f.stat().st_mtime_ns) for f in files]
 
 
+@pytest.fixture(scope="module")
+def whole():
+  """The photographs, as they are in the package."""
+  return {
+    name: sklearn_datasets.load_sample_image(f"{name}.jpg")
+    for name in photographs.PHOTOGRAPHS
+  }
+
+
+def _pixels(whole, crop):
+  return whole[crop.photograph][crop.top :, crop.left :][:32, :32]
+
+
 class TestPhotographs:
   def test_no_pixel_is_in_two_splits_or_two_classes(self):
     splits = ("train", "validation", "test")
@@ -125,11 +140,20 @@ class TestPhotographs:
       labels = [crop.label for crop in photographs.crops(split)]
       np.testing.assert_array_equal(np.bincount(labels), [wanted] * 18)
 
-  def test_records_are_crops_of_the_packages_photographs(self, data_dir):
-    whole = {
-      name: sklearn_datasets.load_sample_image(f"{name}.jpg")
-      for name in photographs.PHOTOGRAPHS
-    }
+  def test_what_colour_alone_tells_is_as_the_readme_says(self, whole):
+    mean, labels = {}, {}
+    for split in ("train", "test"):
+      crops = list(photographs.crops(split))
+      labels[split] = [crop.label for crop in crops]
+      mean[split] = [_pixels(whole, crop).mean((0, 1)) for crop in crops]
+    nearest = neighbors.KNeighborsClassifier(n_neighbors=5)
+    nearest.fit(mean["train"], labels["train"])
+    found = nearest.score(mean["test"], labels["test"])
+    readme = (_ROOT / "README.md").read_text()
+    said = re.search(r"by mean colour get\s([\d.]+) %", readme)
+    assert f"{100 * found:.1f}" == said[1]
+
+  def test_records_are_crops_of_the_packages_photographs(self, data_dir, whole):
     for split in ("train", "validation", "test"):
       opened = registry.open_split("photographs", split, data_dir)
       assert opened.class_names == tuple(photographs.class_names())
@@ -141,7 +165,7 @@ class TestPhotographs:
         got.add((image.tobytes(), record["label"]))
       want = set()
       for crop in photographs.crops(split):
-        image = whole[crop.photograph][crop.top :, crop.left :][:32, :32]
+        image = _pixels(whole, crop)
         assert image.shape == (32, 32, 3)
         want.add((image.tobytes(), crop.label))
       assert got == want

@@ -1,4 +1,4 @@
-"""The comparison of four families: its rules, its command."""
+"""The comparison of four families: its rules, its command, its result file."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import pytest
 
 from experiments import evidence
 from experiments.imagenet import errors
+from tests import readme_tables
 
 _RUN = evidence.Run(
   dataset="digits",
@@ -140,3 +141,41 @@ def test_the_command_trains_grid_and_seeds_and_repeats_nothing(
   assert len(set(after) - set(before)) == 1
   assert set(before) < set(after)
   assert json.loads(file.read_text()) == result
+
+
+@pytest.fixture(scope="module")
+def result():
+  """The committed result file."""
+  return json.loads((readme_tables.RESULTS / "evidence.json").read_text())
+
+
+def test_every_run_of_the_stated_grid_is_listed(result):
+  listed = [
+    (run["dataset"], run["family"], run["peak_lr"], run["seed"])
+    for run in result["runs"]
+  ]
+  wanted = [
+    (row["dataset"], row["family"], peak_lr, seed)
+    for row in evidence.rows(result)
+    for peak_lr, seed in [
+      *((peak_lr, evidence.SEEDS[0]) for peak_lr in evidence.PEAK_LRS),
+      *((row["peak_lr"], seed) for seed in evidence.SEEDS[1:]),
+    ]
+  ]
+  assert listed == wanted
+  assert [(x["dataset"], x["family"]) for x in result["models"]] == [
+    (dataset, family)
+    for dataset in evidence.DATASETS
+    for family in evidence.FAMILIES
+  ]
+
+
+def test_listed_budget_and_models_are_those_of_the_code(result):
+  assert result["epochs"] == evidence.EPOCHS
+  assert result["batch_size"] == evidence.BUDGET["batch_size"]
+  assert result["peak_lrs"] == list(evidence.PEAK_LRS)
+  assert result["seeds"] == list(evidence.SEEDS)
+  steps = {(run["dataset"], run["steps"]) for run in result["runs"]}
+  assert len(steps) == len(evidence.DATASETS)
+  families = list(evidence.FAMILIES)
+  assert result["models"][: len(families)] == evidence.sizes("digits", families)

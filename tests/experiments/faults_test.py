@@ -354,18 +354,28 @@ def test_corrupt_images_are_skipped_counted_and_reported(
 
 
 class _Shrunk(generated.VimjaxGenerated, skip_registration=True):
-  """The generated images, without some of them."""
+  """The generated images, without some of those of a split."""
 
   name = "vimjax_generated"
+  split, images = "train", 300
 
   def _generate_examples(self, split):
-    yield from itertools.islice(super()._generate_examples(split), 300)
+    images = self.images if split == self.split else None
+    yield from itertools.islice(super()._generate_examples(split), images)
 
 
+class _ShrunkValidation(_Shrunk, skip_registration=True):
+  name = "vimjax_generated"
+  split, images = "validation", 70
+
+
+@pytest.mark.parametrize(
+  ("builder", "then"), [(_Shrunk, 320), (_ShrunkValidation, 80)]
+)
 def test_a_data_set_that_shrank_is_refused_until_it_is_whole(
-  job, whole, copy, tmp_path
+  job, whole, copy, tmp_path, builder, then
 ):
-  _Shrunk(
+  builder(
     data_dir=tmp_path / "shrunk", file_format="array_record"
   ).download_and_prepare()
   before = job_lib.contents(copy)
@@ -375,14 +385,26 @@ def test_a_data_set_that_shrank_is_refused_until_it_is_whole(
     f"--config.data.dir={tmp_path / 'shrunk'}",
   )
   assert code == 78
-  assert "'generated' (train) had 320 images" in _message(err)
-  assert "has 300 now" in _message(err)
+  said = f"'generated' ({builder.split}) had {then} images"
+  assert said in _message(err)
+  assert f"has {builder.images} now" in _message(err)
   after = job_lib.contents(copy)
   del before[".lock"], after[".lock"]
   assert after == before
-  code, _, err = job.run(copy, "--config.checkpoint.keep=5")
-  assert code == 0, err
-  _assert_ends_like(copy, whole)
+  if builder is _Shrunk:
+    code, _, err = job.run(copy, "--config.checkpoint.keep=5")
+    assert code == 0, err
+    _assert_ends_like(copy, whole)
+
+
+def test_a_split_that_is_not_there_is_noticed_before_the_training(
+  job, tmp_path
+):
+  code, out, err = job.run(tmp_path, "--config.data.test_split=tset")
+  assert code == 2
+  assert "tset" in _message(err)
+  assert "step" not in out
+  assert "Traceback" not in err
 
 
 def test_too_many_corrupt_images_stop_the_run(job, damaged_data, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from experiments.imagenet import (
   checkpoints,
+  checks,
   errors,
   optimizer,
   sharding,
@@ -250,14 +251,14 @@ class TestConfig:
   )
   def test_what_does_not_fit_is_named(self, field, value, message):
     with pytest.raises(errors.ConfigError, match=message):
-      run_lib.check_config(_config(**{field: value}))
+      checks.check_config(_config(**{field: value}))
 
   def test_a_batch_is_divided_over_data_and_fsdp_alone(self):
     config = _config(**{"mesh.sequence": 4, "batch_size": 2})
     config.eval_batch_size = 2
-    run_lib.check_config(config)
+    checks.check_config(config)
 
   def test_only_vim_splits_its_tokens(self):
     config = _config(**{"mesh.sequence": 2, "model.name": "vmamba_tiny_s1l8"})
     with pytest.raises(errors.ConfigError, match="only Vim's layers can"):
-      run_lib.check_config(config)
+      checks.check_config(config)

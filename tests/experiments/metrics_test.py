@@ -13,8 +13,14 @@ from PIL import Image
 import pytest
 from tensorboardX import proto
 
-from experiments.imagenet import errors, memory, metrics, rundir, wandb_log
-from experiments.imagenet import run as run_lib
+from experiments.imagenet import (
+  checks,
+  errors,
+  memory,
+  metrics,
+  rundir,
+  wandb_log,
+)
 from experiments.imagenet.configs import _base
 from tests.experiments import job as job_lib
 
@@ -235,11 +241,11 @@ class TestWandb:
 
   def test_a_missing_package_is_answered_with_its_extra(self, monkeypatch):
     config = _base.get_config()
-    run_lib.check_config(config)
+    checks.check_config(config)
     config.log.wandb = "mine"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(errors.MissingPackageError) as caught:
-      run_lib.check_config(config)
+      checks.check_config(config)
     assert "config.log.wandb='mine'" in str(caught.value)
     assert "pip install 'vimjax[wandb]'" in str(caught.value)
     assert caught.value.exit_code == errors.ExitCode.UNAVAILABLE

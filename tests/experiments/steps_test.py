@@ -244,14 +244,18 @@ _POISON = _batch(5) | {
 
 class TestNonFiniteSteps:
   def test_a_skipped_step_leaves_no_trace(self):
-    config = _config(non_finite="skip")
+    schedule = {"schedule": "cosine", "schedule_unit": "step"}
+    schedule = {f"optimizer.{k}": value for k, value in schedule.items()}
+    config = _config(non_finite="skip", **schedule)
     good = [_batch(0), _batch(1)]
-    _, want, _ = _run(config, norm=True, batches=good)
+    _, want, wanted = _run(config, norm=True, batches=good)
     _, got, numbers = _run(
       config, norm=True, batches=[good[0], _POISON, good[1]]
     )
     assert [bool(x["finite"]) for x in numbers] == [True, False, True]
     assert (got.step, want.step) == (3, 2)
+    # The rate that is applied, which has waited too.
+    assert numbers[2]["lr"] == wanted[1]["lr"] < wanted[0]["lr"]
     chex.assert_trees_all_equal(got.replace(step=want.step), want)
 
   def test_otherwise_it_shows(self):

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import pty
 import select
@@ -19,8 +20,8 @@ import optax
 import pytest
 from tensorboardX import proto
 
-from experiments.imagenet import corrupt as corrupt_lib
 from experiments.imagenet import (
+  checks,
   errors,
   metrics,
   optimizer,
@@ -28,6 +29,7 @@ from experiments.imagenet import (
   sharding,
   steps,
 )
+from experiments.imagenet import corrupt as corrupt_lib
 from experiments.imagenet import run as run_lib
 from experiments.imagenet import state as state_lib
 from experiments.imagenet import window as window_lib
@@ -312,19 +314,35 @@ class TestConfigChecks:
       ("model.overrides.dtype", "float64", "one of ['bfloat16', 'float32']"),
       ("log.every_steps", 0, "every_steps=0 must be >= 1"),
       ("checkpoint.keep", 0, "keep=0 must be >= 1"),
+      ("checkpoint.every_epochs", -2.0, "every_epochs=-2.0 must be positive"),
+      ("eval_every_epochs", 0.0, "eval_every_epochs=0.0 must be positive"),
+      ("label_smoothing", 2.0, "label_smoothing=2.0 must be in [0, 1)"),
+      ("data.crop_fraction", 0.0, "crop_fraction=0.0 must be in (0, 1]"),
+      ("data.crop_mode", "middle", "'middle' must be 'center' or 'squash'"),
+      ("data.crop_area", (0.0, 1.0), "two shares in (0, 1], the smaller"),
+      ("data.crop_area", (0.5, 2.0), "two shares in (0, 1], the smaller"),
+      ("data.crop_ratio", (2.0, 1.0), "two positive numbers, the smaller"),
+      ("data.std", (0.2, 0.0, 0.2), "must be three positive numbers"),
+      ("data.workers", -1, "workers=-1 must be 0 or more"),
+      ("data.max_corrupt", -1, "max_corrupt=-1 must be 0 or more"),
+      ("mixup.mixup_alpha", -1.0, "mixup_alpha=-1.0 must be 0 or more"),
+      ("mixup.probability", 2.0, "probability=2.0 must be in [0, 1]"),
+      ("mesa.temperature", 0.0, "temperature=0.0 must be positive"),
+      ("optimizer.layer_decay", 0.0, "layer_decay=0.0 must be in (0, 1]"),
+      ("optimizer.peak_lr", math.nan, "peak_lr=nan must be a finite number"),
     ],
   )
   def test_impossible_values_are_named(self, field, value, message):
-    run_lib.check_config(_config())
+    checks.check_config(_config())
     with pytest.raises(errors.ConfigError) as error:
-      run_lib.check_config(_config(**{field: value}))
+      checks.check_config(_config(**{field: value}))
     assert f"config.{field}" in str(error.value)
     assert message in str(error.value)
 
   def test_evaluating_the_average_needs_one(self):
     config = _config(eval_weights="ema", ema_decay=0.0)
     with pytest.raises(errors.ConfigError, match="eval_weights='ema'"):
-      run_lib.check_config(config)
+      checks.check_config(config)
 
   def test_plan_rounds_epochs_to_steps_and_never_to_none(self):
     config = _config(
@@ -370,10 +388,10 @@ class TestRecordedConfig:
     self, tmp_path, monkeypatch, caplog
   ):
     licence = {"path": "a.pth", "license": "Apache-2.0", "sha256": "0"}
-    record = lambda step, initial=None: rundir.record_config(
-      tmp_path, _config(), step=step, changed={}, initial=initial
+    record = lambda step: rundir.record_config(
+      tmp_path, _config(), step=step, changed={}, initial=licence
     )
-    record(0, licence)
+    record(0)
     then = rundir.environment()
     assert then["devices"] == ["8 x cpu"]
     assert then["versions"].keys() >= {"python", "vimjax", "jax", "optax"}
@@ -400,11 +418,15 @@ class TestRecordedConfig:
     assert f"versions.jax was '{jax.__version__}' and is '9.0'" in caplog.text
 
   @pytest.mark.parametrize(
-    "field", ["seed", "batch_size", "data.name", "model.overrides.depth"]
+    "field",
+    [
+      *("seed", "batch_size", "data.name", "data.image_size"),
+      "model.overrides.depth",
+    ],
   )
   def test_fields_that_checkpoints_depend_on_may_not(self, tmp_path, field):
     rundir.record_config(tmp_path, _config(), step=0, changed={})
-    value = "digits" if field == "data.name" else 8
+    value = "digits" if field == "data.name" else 16
     with pytest.raises(errors.ConflictError, match=f"config.{field}: "):
       rundir.compare_config(tmp_path, _config(**{field: value}))
 
@@ -431,6 +453,21 @@ class TestMetrics:
       {"step": 2, "split": "valid", "loss": 9.0},
       {"step": 3, "split": "train", "loss": 7.0},
     ]
+
+  def test_damaged_lines_are_named_and_left_out(self, tmp_path, caplog):
+    good = '{"step": 1, "split": "train", "loss": 1.0}\n'
+    # What a crash of the machine may leave, and what is none of ours.
+    damaged = b"\0" * 40 + b"\n" + b'{"step": 2, "sp\xff\n' + b"3\n{}\n"
+    (tmp_path / "metrics.jsonl").write_bytes(
+      good.encode() + damaged + good.replace("1", "3").encode()
+    )
+    with metrics.Writer(tmp_path, start_step=9, tensorboard=False):
+      pass
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == good + good.replace("1", "3")
+    for number in (2, 3, 4, 5):
+      assert f"Ignored line {number} of {tmp_path}" in caplog.text
+    assert len(caplog.messages) == 4
 
   def test_tensorboard_gets_every_number_and_the_step_of_a_restart(
     self, tmp_path

@@ -206,6 +206,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.init_from = ""
   # Which weights of that file: "model", or "ema" for an average.
   c.init_weights = "model"
+  # Whether the licence of published weights is accepted, where it has to be.
+  c.accept_license = False
   # Images per step over all devices.
   c.batch_size = 1024
   # Images per evaluation step over all devices.
@@ -222,8 +224,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.eval_weights = "model"
   # What a step with a loss, gradient or update that is no finite number does:
   # "stop" ends the run at its last checkpoint; "skip" leaves parameters,
-  # averages and the optimiser (its count of steps, and so the rate, too) as
-  # they were, and stops after more than so many such steps in a row.
+  # averages and the optimiser as they were, and stops after more than so many
+  # such steps in a row. The optimiser's count of steps, which the rate depends
+  # on, waits too, so the schedule ends so many steps early.
   c.non_finite = "stop"
   c.max_skipped_steps = 10
   # Parts that a batch is divided into, to need less memory: one after the
