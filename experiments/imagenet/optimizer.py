@@ -260,7 +260,7 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 OPTIMIZERS = {"adamw": _adamw, "lamb": _lamb}
 
 
-def count(opt_state: optax.OptState) -> jax.Array:
+def count(opt_state: Any) -> jax.Array:
   """How many updates an optimiser of `make_optimizer` has made."""
   # The state of the last of its parts, `optax.scale_by_learning_rate`.
   return opt_state[-1].count
