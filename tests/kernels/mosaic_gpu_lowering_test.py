@@ -109,6 +109,23 @@ def test_the_calls_of_models_lower_forward_and_backward(name):
     assert largest_array(both) <= states / min(spec.n, 7)
 
 
+def test_equal_layers_are_lowered_once():
+  spec = arg_specs.ArgSpec(b=2, l=50, d=32, n=4, source="")
+
+  def count(layers, transform=lambda function: function):
+    def model(arguments):
+      for _ in range(layers):
+        arguments = arguments | {"u": scan()(arguments)}
+      return arguments["u"]
+
+    return len(kernels(lower(transform(model), shapes(spec))))
+
+  with on_h100():
+    assert count(3) == count(1) == 1
+    # To JAX the gradients of the first layer and of the others differ.
+    assert count(5, gradient) == count(3, gradient)
+
+
 @pytest.mark.parametrize("name", OTHER_SPECS)
 def test_awkward_sizes_lower_in_float32_and_reverse(name):
   with on_h100():
