@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from experiments import evaluate
-from experiments.datasets import folder, generated, records
+from experiments.datasets import generated
 from experiments.imagenet import errors, initial, optimizer, sharding
 from experiments.imagenet import run as run_lib
 from experiments.imagenet import state as state_lib
@@ -131,60 +131,6 @@ def _write_images(root, classes, count, *, seed=0):
       rng = np.random.default_rng((seed, label, i))
       image = Image.fromarray(generated.make_image(3 * label, rng))
       image.save(root / name / f"{i}.{'jpg' if i % 2 else 'PNG'}")
-
-
-class TestFolder:
-  def test_parts_are_splits_with_the_training_parts_classes(self, tmp_path):
-    _write_images(tmp_path / "train", ["b", "a"], 3)
-    _write_images(tmp_path / "val", ["b"], 2)
-    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
-    train = folder.open_split("train", str(tmp_path))
-    valid = folder.open_split("validation", str(tmp_path))
-    assert train.class_names == valid.class_names == ("a", "b")
-    assert len(train.records) == 6
-    assert [valid.records[i]["label"] for i in range(2)] == [1, 1]
-    want = (tmp_path / "val" / "b" / "1.jpg").read_bytes()
-    assert valid.records[1]["image"] == want
-    with pytest.raises(ValueError, match="split of .*'test'"):
-      folder.open_split("test", str(tmp_path))
-    (tmp_path / "val" / "c").mkdir()
-    with pytest.raises(ValueError, match=r"without training images: \['c'\]"):
-      folder.open_split("validation", str(tmp_path))
-
-  def test_without_parts_a_tenth_is_held_out_whatever_else_is_there(
-    self, tmp_path
-  ):
-    for name in ("x", "y"):
-      (tmp_path / name).mkdir()
-      for i in range(200):
-        (tmp_path / name / f"{i}.jpg").write_bytes(f"{name}{i}".encode())
-
-    def images(split):
-      opened = folder.open_split(split, str(tmp_path)).records
-      return {opened[i]["image"] for i in range(len(opened))}
-
-    train, valid = images("train"), images("validation")
-    assert not train & valid
-    assert train | valid == images("all")
-    assert 20 < len(valid) < 60
-    (tmp_path / "x" / "7.jpg").unlink()
-    assert images("validation") == valid - {b"x7"}
-
-  def test_numbered_classes_count_as_numbers(self, tmp_path):
-    for name in ("10", "9", "0"):
-      (tmp_path / name).mkdir()
-      (tmp_path / name / "a.jpeg").write_bytes(b"")
-    opened = folder.open_split("all", str(tmp_path))
-    assert opened.class_names == ("0", "9", "10")
-
-  @pytest.mark.parametrize("where", [None, "", "/nowhere"])
-  def test_a_missing_folder_is_named(self, where):
-    with pytest.raises(records.MissingDataError, match="folder"):
-      folder.open_split("train", where)
-
-  def test_an_empty_folder_says_what_it_needs(self, tmp_path):
-    with pytest.raises(records.MissingDataError, match="subfolder for each"):
-      folder.open_split("train", str(tmp_path))
 
 
 class TestEvaluate:
