@@ -1,6 +1,7 @@
 """Other people's weights, your own images, and accuracy from a file."""
 
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -133,37 +134,39 @@ def _write_images(root, classes, count, *, seed=0):
       image.save(root / name / f"{i}.{'jpg' if i % 2 else 'PNG'}")
 
 
-class TestEvaluate:
-  def test_folders_are_matched_to_classes_by_name(self):
-    table = evaluate.label_table(["n01443537", "n01440764"], 1000)
-    np.testing.assert_array_equal(table, [1, 0])
-    np.testing.assert_array_equal(
-      evaluate.label_table(["0", "7"], 1000), [0, 7]
-    )
-    np.testing.assert_array_equal(evaluate.label_table(["a", "b"], 2), [0, 1])
-    with pytest.raises(ValueError, match="1000 classes, the data 2"):
-      evaluate.label_table(["cat", "dog"], 1000)
-
-  @pytest.mark.parametrize("name", vimjax.list_models())
-  def test_images_are_prepared_as_for_the_published_accuracy(self, name):
+class TestPreparation:
+  @pytest.mark.parametrize(
+    "name", ["vim_tiny", "mambavision_tiny2", "mambavision_large3_512_21k"]
+  )
+  def test_validation_is_prepared_as_evaluate_does(self, name):
+    config = finetune.get_config()
+    config.model.name = name
     how = vimjax.get_variant(name).preprocessing
-    c, split = evaluate.make_config(
-      how, data="imagenet", data_dir="d", classes=1000, batch_size=8
+    want, _ = evaluate.make_config(
+      how, data="imagenet", data_dir=None, classes=3, batch_size=8
     )
-    assert split == "validation"
-    assert how.interpolation == "bicubic"  # The pipeline's only one.
-    got = (c.data.image_size, c.data.crop_fraction, c.data.crop_mode)
-    assert got == (how.size, how.crop_fraction, how.crop_mode)
-    assert (c.data.mean, c.data.std) == (how.mean, how.std)
+    for field in ("image_size", "crop_fraction", "crop_mode", "mean", "std"):
+      assert config.data[field] == want.data[field], field
+    resolved = pickle.loads(pickle.dumps(config.copy_and_resolve_references()))
+    assert resolved.data.crop_fraction == how.crop_fraction
 
-  def test_mistakes_are_one_line(self, tmp_path, capsys):
-    code = evaluate.main(["--model", "vim_tny"])
-    assert code == errors.ExitCode.USAGE
-    assert "Did you mean" in capsys.readouterr().err
-    file = tmp_path / "a.pth"
-    file.write_bytes(b"nothing")
-    assert evaluate.main(["--model", "vim_tiny", "--weights", str(file)]) == 2
-    assert "error: " in capsys.readouterr().err
+  def test_what_the_user_sets_stays(self):
+    config = finetune.get_config()
+    config.data.crop_fraction = 0.5
+    config.data.mean = (0.1, 0.2, 0.3)
+    config.model.name = "mambavision_tiny2"
+    config.data.image_size = 48
+    assert config.data.crop_fraction == 0.5
+    assert config.data.mean == (0.1, 0.2, 0.3)
+    assert config.data.image_size == 48
+    assert config.data.std == (0.229, 0.224, 0.225)
+
+  def test_an_unknown_model_is_reported_by_whoever_makes_it(self):
+    config = finetune.get_config()
+    config.model.name = "vim_tny"
+    assert config.to_dict()["data"]["crop_fraction"] == 0.875
+    with pytest.raises(ValueError, match="Did you mean"):
+      run_lib.make_model(config)
 
 
 def test_fine_tuning_on_a_folder_from_official_weights(job, official, tmp_path):
