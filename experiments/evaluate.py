@@ -4,7 +4,8 @@
 
 FILE is an official checkpoint (.pth, .pth.tar, .safetensors) or one of ours;
 without it the published weights are downloaded. Images are prepared as the
-published accuracy of the model was measured.
+published accuracy of the model was measured, or as a run of ours recorded with
+its weights.
 
 DATA is "imagenet" (the validation split of TFDS's imagenet2012), "imagenet_v2"
 (its matched-frequency images; or "imagenet_v2/threshold-0.7" and
@@ -12,11 +13,16 @@ DATA is "imagenet" (the validation split of TFDS's imagenet2012), "imagenet_v2"
 subfolder for each class, named by WordNet ids (n01440764, ...), by class
 numbers as in the archives of ImageNet-V2, or, for weights of a run of yours, as
 in its training data.
+
+Of a folder with parts (train, and val or test) --split is "validation" unless
+you choose another. Of one without, all images are measured, but of weights that
+a run of yours trained on a folder only "validation", what such a run holds out.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
-import json
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import math
 import pathlib
 import re
 import sys
@@ -26,15 +32,26 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.datasets import imagenet, imagenet_v2, records
-from experiments.imagenet import errors, input_pipeline, sharding, steps
+from experiments.datasets import folder, imagenet, imagenet_v2, records
+from experiments.imagenet import (
+  errors,
+  eval_images,
+  input_pipeline,
+  rundir,
+  sharding,
+  steps,
+)
 from experiments.imagenet import run as run_lib
 from experiments.imagenet.configs import _base
 import vimjax
 from vimjax import variants
-from vimjax.weights import pretrained
+from vimjax.weights import convert, download, pretrained, published
 
 _IMAGENET_CLASSES = 1000
+_IMAGENET_V2 = (
+  imagenet_v2.NAME,
+  *(f"{imagenet_v2.NAME}/{variant}" for variant in imagenet_v2.SOURCES),
+)
 
 
 def make_config(
@@ -44,45 +61,89 @@ def make_config(
   data_dir: str | None,
   classes: int,
   batch_size: int,
-  image_size: int | None = None,
+  split: str | None = None,
+  metadata: Mapping[str, str] | None = None,
 ) -> tuple[ml_collections.ConfigDict, str]:
   """The configuration and the split of an evaluation.
 
   Args:
-    how: The variant's preprocessing.
+    how: How images are prepared.
     data: "imagenet", "imagenet_v2" or one of its variants, or a folder.
     data_dir: TFDS's folder, for all but a folder.
     classes: How many the weights have.
-    batch_size: Images at a time.
-    image_size: Instead of the preprocessing's, in pixels.
+    batch_size: Images at a time; rounded up to a multiple of the devices.
+    split: Of the data; None means the one that is meant for it.
+    metadata: What the file of the weights says of itself.
 
   Returns:
     The configuration for `input_pipeline.eval_batches`, and the split.
+
+  Raises:
+    records.DataError: The folder is not there or not understood.
   """
   c = _base.get_config()
-  c.data.image_size = image_size or how.size
-  c.data.crop_fraction = how.crop_fraction
-  c.data.crop_mode = how.crop_mode
-  c.data.mean, c.data.std = how.mean, how.std
-  c.eval_batch_size = batch_size
+  eval_images.apply(c, how)
+  devices = jax.device_count()
+  c.eval_batch_size = -(-batch_size // devices) * devices
   c.model.overrides.num_classes = classes
   c.data.dir = data_dir
   if data == "imagenet":
-    return c, "validation"
-  if data.startswith(imagenet_v2.NAME):
+    return c, split or "validation"
+  if data in _IMAGENET_V2:
     c.data.name = data
-    return c, "test"
+    return c, split or "test"
   c.data.name, c.data.folder = "folder", data
-  parts = [
-    p for p in ("validation", "val", "valid", "test") if p in _names(data)
-  ]
-  both = parts and {"train", "training"} & _names(data)
-  return c, "validation" if both else "all"
+  return c, split or _split_of_folder(data, metadata or {})
 
 
-def _names(folder: str) -> set[str]:
-  path = pathlib.Path(folder).expanduser()
-  return {p.name for p in path.iterdir()} if path.is_dir() else set()
+def _split_of_folder(data: str, metadata: Mapping[str, str]) -> str:
+  """What to measure of a folder: not what the weights were trained on."""
+  if "all" not in folder.splits(data):
+    return "validation"
+  if metadata.get("data") != "folder":
+    return "all"
+  print(
+    "These weights are of a run on a folder: only the images that it holds out "
+    "for validation are measured, one in ten. Give --split=all for all.",
+    file=sys.stderr,
+  )
+  return "validation"
+
+
+def preparation(
+  found: pretrained.Checkpoint,
+  model: Any,
+  usual: variants.Preprocessing,
+  image_size: int | None = None,
+) -> variants.Preprocessing:
+  """How the images for some weights are prepared.
+
+  Args:
+    found: The weights.
+    model: Of their family and their strides.
+    usual: For what neither the file nor its positional embedding says.
+    image_size: Instead of theirs, in pixels.
+
+  Raises:
+    ValueError: As `eval_images.recorded`.
+  """
+  side = _side_of_grid(found, model) or usual.size
+  otherwise = dataclasses.replace(usual, size=side)
+  return eval_images.recorded(found.metadata, otherwise, image_size=image_size)
+
+
+def _side_of_grid(found: pretrained.Checkpoint, model: Any) -> int | None:
+  """Of the images that the positional embedding in a file of ours is for."""
+  position = found.state_dict.get("pos_embed")
+  if found.variables is None or position is None:
+    return None
+  patches = np.shape(position)[-2]
+  patches -= getattr(model, "class_token", "first") != "none"
+  side = math.isqrt(patches)
+  if side * side != patches:
+    return None
+  stride = getattr(model, "stride", model.patch_size)
+  return (side - 1) * stride + model.patch_size
 
 
 def label_table(names: Sequence[str] | None, classes: int) -> np.ndarray:
@@ -171,8 +232,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     "--data", default="imagenet", help="imagenet, imagenet_v2 or a folder"
   )
   parser.add_argument("--data_dir", help="TFDS's folder")
-  parser.add_argument("--image_size", type=int, help="default: the variant's")
-  parser.add_argument("--batch_size", type=int, default=128)
+  parser.add_argument("--split", help="of a folder: train, validation, ...")
+  parser.add_argument("--image_size", type=_count, help="default: the weights'")
+  parser.add_argument("--batch_size", type=_count, default=128)
   parser.add_argument(
     "--dtype", choices=sorted(run_lib.DTYPES), default="float32"
   )
@@ -181,40 +243,47 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
+def _count(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+  return number
+
+
 def _run(args: argparse.Namespace) -> dict[str, Any]:
-  variant = vimjax.get_variant(args.model)
-  fields: dict[str, Any] = {"dtype": run_lib.DTYPES[args.dtype]}
   model = vimjax.create_model(args.model)
-  size = args.image_size or variant.preprocessing.size
-  if args.weights:
-    found = pretrained.read(model, args.weights, args.which)
-    model = found.model(args.model, **fields)
-    with pretrained.naming(args.weights):
-      variables = found.convert_for(model, image_size=size)
-  else:
-    model = vimjax.create_model(args.model, **fields)
-    variables = vimjax.load_pretrained(
-      args.model,
-      weights=args.which,
-      image_size=size,
-      accept_license=args.accept_license,
+  path = args.weights or download.fetch(
+    published.checkpoint(args.model, "evaluate"),
+    accept_license=args.accept_license,
+  )
+  found = pretrained.read(model, path, args.which)
+  with pretrained.naming(path):
+    how = preparation(
+      found,
+      model,
+      vimjax.get_variant(args.model).preprocessing,
+      args.image_size,
     )
-  if hasattr(model, "image_size"):
-    model = model.clone(image_size=size)
+    model = convert.resized(
+      found.model(args.model, dtype=run_lib.DTYPES[args.dtype]), how.size
+    )
+    variables = found.convert_for(model, image_size=args.image_size)
   config, split = make_config(
-    variant.preprocessing,
+    how,
     data=args.data,
     data_dir=args.data_dir,
     classes=model.num_classes,
     batch_size=args.batch_size,
-    image_size=args.image_size,
+    split=args.split,
+    metadata=found.metadata,
   )
   values = evaluate(model, variables, config, split)
   return {
     "model": args.model,
     "weights": args.weights or "published",
     "data": args.data,
-    "image_size": size,
+    "split": split,
+    "image_size": how.size,
     **values,
   }
 
@@ -236,13 +305,20 @@ def main(argv: Sequence[str] | None = None) -> int:
   ) as error:
     print(f"error: {error}", file=sys.stderr)
     return errors.ExitCode.USAGE
-  if args.json:
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
+  size = result["image_size"]
   print(
     f"{result['model']}: top-1 {100 * result['accuracy']:.3f} %, top-5 "
     f"{100 * result['top5_accuracy']:.3f} % ({result['examples']} images, "
-    f"{result['unreadable']} unreadable)"
+    f"{result['unreadable']} unreadable; {result['split']!r} of "
+    f"{result['data']}, {size}x{size} pixels)",
+    flush=True,
   )
+  if args.json:
+    try:
+      rundir.write_json(args.json, result)
+    except OSError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return errors.ExitCode.IO_ERROR
   return errors.ExitCode.FINISHED
 
 

@@ -161,8 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   out = (args.out or args.workdirs[0]).expanduser()
   try:
     runs = read(args.workdirs)
+    text = table(runs)
+    print(text, end="", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     draw(runs, out / "report.png")
+    (out / "report.md").write_text(f"{text}\n![curves](report.png)\n")
   except errors.RunError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
@@ -172,9 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   except OSError as error:
     print(f"error: {error}", file=sys.stderr)
     return errors.ExitCode.IO_ERROR
-  text = table(runs)
-  (out / "report.md").write_text(f"{text}\n![curves](report.png)\n")
-  print(text, end="")
   return errors.ExitCode.FINISHED
 
 

@@ -60,8 +60,8 @@ COMMANDS = {
     "tests/experiments/finetune_test.py"
   ),
   "python -m experiments.evaluate --model vim_tiny --weights "
-  "runs/mine/weights.safetensors --data photos": (
-    "tests/experiments/finetune_test.py"
+  "runs/mine/weights.safetensors --data photos --split validation": (
+    "tests/experiments/evaluate_test.py"
   ),
   "python -m experiments.report runs/mine": (
     "tests/experiments/report_test.py"

@@ -1,6 +1,7 @@
 """Other people's weights, your own images, and accuracy from a file."""
 
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from experiments import evaluate
-from experiments.datasets import folder, generated, records
+from experiments.datasets import generated
 from experiments.imagenet import errors, initial, optimizer, sharding
 from experiments.imagenet import run as run_lib
 from experiments.imagenet import state as state_lib
@@ -133,91 +134,39 @@ def _write_images(root, classes, count, *, seed=0):
       image.save(root / name / f"{i}.{'jpg' if i % 2 else 'PNG'}")
 
 
-class TestFolder:
-  def test_parts_are_splits_with_the_training_parts_classes(self, tmp_path):
-    _write_images(tmp_path / "train", ["b", "a"], 3)
-    _write_images(tmp_path / "val", ["b"], 2)
-    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
-    train = folder.open_split("train", str(tmp_path))
-    valid = folder.open_split("validation", str(tmp_path))
-    assert train.class_names == valid.class_names == ("a", "b")
-    assert len(train.records) == 6
-    assert [valid.records[i]["label"] for i in range(2)] == [1, 1]
-    want = (tmp_path / "val" / "b" / "1.jpg").read_bytes()
-    assert valid.records[1]["image"] == want
-    with pytest.raises(ValueError, match="split of .*'test'"):
-      folder.open_split("test", str(tmp_path))
-    (tmp_path / "val" / "c").mkdir()
-    with pytest.raises(ValueError, match=r"without training images: \['c'\]"):
-      folder.open_split("validation", str(tmp_path))
-
-  def test_without_parts_a_tenth_is_held_out_whatever_else_is_there(
-    self, tmp_path
-  ):
-    for name in ("x", "y"):
-      (tmp_path / name).mkdir()
-      for i in range(200):
-        (tmp_path / name / f"{i}.jpg").write_bytes(f"{name}{i}".encode())
-
-    def images(split):
-      opened = folder.open_split(split, str(tmp_path)).records
-      return {opened[i]["image"] for i in range(len(opened))}
-
-    train, valid = images("train"), images("validation")
-    assert not train & valid
-    assert train | valid == images("all")
-    assert 20 < len(valid) < 60
-    (tmp_path / "x" / "7.jpg").unlink()
-    assert images("validation") == valid - {b"x7"}
-
-  def test_numbered_classes_count_as_numbers(self, tmp_path):
-    for name in ("10", "9", "0"):
-      (tmp_path / name).mkdir()
-      (tmp_path / name / "a.jpeg").write_bytes(b"")
-    opened = folder.open_split("all", str(tmp_path))
-    assert opened.class_names == ("0", "9", "10")
-
-  @pytest.mark.parametrize("where", [None, "", "/nowhere"])
-  def test_a_missing_folder_is_named(self, where):
-    with pytest.raises(records.MissingDataError, match="folder"):
-      folder.open_split("train", where)
-
-  def test_an_empty_folder_says_what_it_needs(self, tmp_path):
-    with pytest.raises(records.MissingDataError, match="subfolder for each"):
-      folder.open_split("train", str(tmp_path))
-
-
-class TestEvaluate:
-  def test_folders_are_matched_to_classes_by_name(self):
-    table = evaluate.label_table(["n01443537", "n01440764"], 1000)
-    np.testing.assert_array_equal(table, [1, 0])
-    np.testing.assert_array_equal(
-      evaluate.label_table(["0", "7"], 1000), [0, 7]
-    )
-    np.testing.assert_array_equal(evaluate.label_table(["a", "b"], 2), [0, 1])
-    with pytest.raises(ValueError, match="1000 classes, the data 2"):
-      evaluate.label_table(["cat", "dog"], 1000)
-
-  @pytest.mark.parametrize("name", vimjax.list_models())
-  def test_images_are_prepared_as_for_the_published_accuracy(self, name):
+class TestPreparation:
+  @pytest.mark.parametrize(
+    "name", ["vim_tiny", "mambavision_tiny2", "mambavision_large3_512_21k"]
+  )
+  def test_validation_is_prepared_as_evaluate_does(self, name):
+    config = finetune.get_config()
+    config.model.name = name
     how = vimjax.get_variant(name).preprocessing
-    c, split = evaluate.make_config(
-      how, data="imagenet", data_dir="d", classes=1000, batch_size=8
+    want, _ = evaluate.make_config(
+      how, data="imagenet", data_dir=None, classes=3, batch_size=8
     )
-    assert split == "validation"
-    assert how.interpolation == "bicubic"  # The pipeline's only one.
-    got = (c.data.image_size, c.data.crop_fraction, c.data.crop_mode)
-    assert got == (how.size, how.crop_fraction, how.crop_mode)
-    assert (c.data.mean, c.data.std) == (how.mean, how.std)
+    for field in ("image_size", "crop_fraction", "crop_mode", "mean", "std"):
+      assert config.data[field] == want.data[field], field
+    resolved = pickle.loads(pickle.dumps(config.copy_and_resolve_references()))
+    assert resolved.data.crop_fraction == how.crop_fraction
 
-  def test_mistakes_are_one_line(self, tmp_path, capsys):
-    code = evaluate.main(["--model", "vim_tny"])
-    assert code == errors.ExitCode.USAGE
-    assert "Did you mean" in capsys.readouterr().err
-    file = tmp_path / "a.pth"
-    file.write_bytes(b"nothing")
-    assert evaluate.main(["--model", "vim_tiny", "--weights", str(file)]) == 2
-    assert "error: " in capsys.readouterr().err
+  def test_what_the_user_sets_stays(self):
+    config = finetune.get_config()
+    config.data.crop_fraction = 0.5
+    config.data.mean = (0.1, 0.2, 0.3)
+    config.model.name = "mambavision_tiny2"
+    config.data.image_size = 48
+    assert config.data.crop_fraction == 0.5
+    assert config.data.mean == (0.1, 0.2, 0.3)
+    assert config.data.image_size == 48
+    assert config.data.std == (0.229, 0.224, 0.225)
+
+  def test_an_unknown_model_is_reported_by_whoever_makes_it(self):
+    config = finetune.get_config()
+    config.model.name = "vim_tny"
+    assert config.to_dict()["data"]["crop_fraction"] == 0.875
+    with pytest.raises(ValueError, match="Did you mean"):
+      run_lib.make_model(config)
 
 
 def test_fine_tuning_on_a_folder_from_official_weights(job, official, tmp_path):

@@ -1,5 +1,6 @@
 """ImageNet-V2: from (fake) archives to an accuracy."""
 
+import dataclasses
 import io
 import pathlib
 import tarfile
@@ -92,12 +93,11 @@ class _Levels(nn.Module):
 @pytest.mark.parametrize("variant", ["", "/matched-frequency"])
 def test_it_can_be_evaluated(data_dir, variant):
   config, split = evaluate.make_config(
-    vimjax.get_variant("vim_tiny").preprocessing,
+    dataclasses.replace(vimjax.get_variant("vim_tiny").preprocessing, size=16),
     data=f"imagenet_v2{variant}",
     data_dir=data_dir,
     classes=1000,
-    batch_size=8,
-    image_size=16,
+    batch_size=3,  # Rounded up: there are 8 devices.
   )
   values = evaluate.evaluate(_Levels(), {}, config, split)
   assert values["examples"] == len(_IMAGES) + 1

@@ -65,3 +65,13 @@ def test_one_run_is_reported_in_its_own_folder(tmp_path, capsys):
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):
   assert report.main([str(tmp_path)]) == errors.ExitCode.CANNOT_CREATE
   assert f"error: {tmp_path} holds no run" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_is_shown_first(tmp_path, capsys):
+  _write(tmp_path / "run", accuracy=0.9, finished=True)
+  (tmp_path / "out" / "report.md").mkdir(parents=True)
+  arguments = [str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+  assert report.main(arguments) == errors.ExitCode.IO_ERROR
+  shown = capsys.readouterr()
+  assert "| run | vim_tiny |" in shown.out
+  assert "error: " in shown.err

@@ -5,12 +5,16 @@
       [--config.init_from=FILE] [--config.data.image_size=384]
 
 DIR has a subfolder for each class, see `experiments/datasets/folder.py`. The
-published weights of the model are downloaded, or read from FILE. The values are
-ours, moderate, and tuned on nothing.
+published weights of the model are downloaded, or read from FILE. Images have
+the size that these are for, and are prepared for validation as for the
+published accuracy, unless you set the fields (image_size, crop_fraction,
+crop_mode, mean and std of config.data). The other values are ours, moderate,
+and tuned on nothing.
 """
 
 import ml_collections
 
+from experiments.imagenet import eval_images
 from experiments.imagenet.configs import _base
 
 
@@ -23,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.epochs = 30.0
   c.ema_decay = 0.0
   c.data.name = "folder"
+  eval_images.follow_model(c)
   c.data.randaugment = "rand-m9-mstd0.5-inc1"
   c.data.erase_probability = 0.25
   # Crops keep most of the image: the classes need not fill it.
