@@ -34,6 +34,7 @@ import numpy as np
 
 from experiments.datasets import folder, imagenet, imagenet_v2, records
 from experiments.imagenet import (
+  checks,
   errors,
   eval_images,
   input_pipeline,
@@ -41,7 +42,6 @@ from experiments.imagenet import (
   sharding,
   steps,
 )
-from experiments.imagenet import run as run_lib
 from experiments.imagenet.configs import _base
 import vimjax
 from vimjax import variants
@@ -236,7 +236,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--image_size", type=_count, help="default: the weights'")
   parser.add_argument("--batch_size", type=_count, default=128)
   parser.add_argument(
-    "--dtype", choices=sorted(run_lib.DTYPES), default="float32"
+    "--dtype", choices=sorted(checks.DTYPES), default="float32"
   )
   parser.add_argument("--accept_license", action="store_true")
   parser.add_argument("--json", type=pathlib.Path, help="write the result")
@@ -265,7 +265,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
       args.image_size,
     )
     model = convert.resized(
-      found.model(args.model, dtype=run_lib.DTYPES[args.dtype]), how.size
+      found.model(args.model, dtype=checks.DTYPES[args.dtype]), how.size
     )
     variables = found.convert_for(model, image_size=args.image_size)
   config, split = make_config(

@@ -10,7 +10,7 @@ from flax import linen as nn
 import jax
 import ml_collections
 
-from experiments.imagenet import errors
+from experiments.imagenet import errors, eval_images
 import vimjax
 from vimjax import variants
 from vimjax.weights import checkpoint_files, download
@@ -137,7 +137,11 @@ def metadata(
     config: The run's configuration.
     initial: From `load`, or None where the run started from nothing.
   """
-  said = {"model": config.model.name, "data": config.data.name}
+  said = {
+    "model": config.model.name,
+    "data": config.data.name,
+    **eval_images.metadata(config),
+  }
   if initial and initial["license"]:
     said["license"] = initial["license"]
     said["commercial_use"] = str(initial["commercial_use"]).lower()

@@ -1,5 +1,6 @@
 """Other people's weights, your own images, and accuracy from a file."""
 
+import dataclasses
 import json
 import pickle
 
@@ -12,11 +13,18 @@ import safetensors.numpy
 
 from experiments import evaluate
 from experiments.datasets import generated
-from experiments.imagenet import errors, initial, optimizer, sharding
+from experiments.imagenet import (
+  errors,
+  eval_images,
+  initial,
+  optimizer,
+  sharding,
+)
 from experiments.imagenet import run as run_lib
 from experiments.imagenet import state as state_lib
 from experiments.imagenet.configs import _base, finetune
 import vimjax
+from vimjax.weights import checkpoint_files
 
 _TINY = {"depth": 1, "embed_dim": 16, "patch_size": 16}
 
@@ -106,12 +114,35 @@ class TestInitialWeights:
     assert source["license"] == "CC-BY-NC-SA-4.0"
     assert source["commercial_use"] is False
 
+  def test_a_licence_is_accepted_by_the_configuration(
+    self, official, monkeypatch
+  ):
+    asked = []
+
+    def fetch(published, *, accept_license, consent):
+      del published, consent
+      asked.append(accept_license)
+      return official
+
+    monkeypatch.setattr(initial.download, "fetch", fetch)
+    for accept in (False, True):
+      config = _config(
+        official, init_from="published:vim_tiny", accept_license=accept
+      )
+      _, source = initial.load(config, run_lib.make_model(config))
+      assert source["path"] == str(official)
+    assert asked == [False, True]
+
   @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
       ("init_from", "/nowhere/a.pth", "No such file"),
       ("init_from", "published:vim_base_stride8", "no weights were published"),
-      ("init_from", "published:mambavision_tiny", "accept_license"),
+      (
+        "init_from",
+        "published:mambavision_tiny",
+        "--config.accept_license=True",
+      ),
       ("init_weights", "ema", "without an average"),
       ("model.overrides.embed_dim", 32, "has shape"),
     ],
@@ -212,6 +243,10 @@ def test_fine_tuning_on_a_folder_from_official_weights(job, official, tmp_path):
   assert values["accuracy"] == result["accuracy"]
   np.testing.assert_allclose(values["loss"], result["loss"], rtol=1e-5)
   assert values["unreadable"] == 0
+  said = checkpoint_files.read_metadata(workdir / "weights.safetensors")
+  usual = vimjax.get_variant("vim_tiny").preprocessing
+  how = eval_images.recorded(said, usual)
+  assert how == dataclasses.replace(usual, size=48)
 
   # Other data than the run began with would change what comes next.
   (data / "train" / "bee" / "3.jpg").unlink()
