@@ -149,6 +149,29 @@ def bench() -> str:
   )
 
 
+def input_bench() -> str:
+  """Images per second of one core, beside Pillow's."""
+  result = _result("input_bench.json")
+  lines = [
+    "| Work | Images/s | Pillow | Ratio |",
+    "| --- | ---: | ---: | ---: |",
+  ]
+  lines += [
+    f"| {row['work']} | {row['ours']:.0f} | {row['pillow']:.0f} | "
+    f"{row['ratio']:.2f} |"
+    for row in result["rows"]
+  ]
+  versions = result["versions"]
+  note = (
+    "JPEGs of 500 x 375 pixels to 224 x 224, of one core's time, medians of "
+    f"{result['rounds']} rounds in turn ({result['device']}, OpenCV "
+    f"{versions['opencv-python-headless']}, simplejpeg "
+    f"{versions['simplejpeg']}, Pillow {versions['pillow']}, "
+    f"{result['date']})."
+  )
+  return "\n".join(lines) + f"\n\n{textwrap.fill(note, 80)}"
+
+
 def throughput() -> str:
   """What `experiments.throughput` measured on a CPU, and its plots."""
   facts, rows = report.read(THROUGHPUT)
@@ -190,6 +213,7 @@ PARTS: dict[str, tuple[pathlib.Path, Callable[[], str]]] = {
   "digits": (README, digits),
   "evidence": (README, small_data),
   "bench": (README, bench),
+  "input_bench": (README, input_bench),
   "throughput": (README, throughput),
   "cpu_models": (README, cpu_models),
   **{

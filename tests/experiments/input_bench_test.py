@@ -1,5 +1,7 @@
 """The benchmark of the pipeline compares the same work."""
 
+import json
+
 import cv2
 import numpy as np
 from PIL import Image
@@ -43,4 +45,21 @@ def test_a_short_run_prints_a_row_for_each_kind_of_work(tmp_path, capsys):
     "whole pipeline",
   ]
   assert all(float(x) > 0 for line in lines[1:] for x in line[29:].split())
-  assert file.is_file()
+  result = json.loads(file.read_text())
+  assert (result["images"], result["rounds"]) == (3, 1)
+  for row in result["rows"]:
+    assert row["ratio"] == row["ours"] / row["pillow"] > 0
+
+
+def test_numbers_are_medians_of_rounds_in_turn(monkeypatch):
+  # Seconds for two images: ours, theirs; three rounds.
+  clock = np.cumsum([0.0, 1, 0, 2, 0, 2, 0, 2, 0, 4, 0, 16])
+  monkeypatch.setattr(
+    input_bench.time, "process_time", iter(clock.tolist()).__next__
+  )
+  seen = []
+  works = [
+    (lambda x, rng, who=who: seen.append(who), [None] * 2) for who in "ab"
+  ]
+  assert input_bench.measure(works, 3) == ([1.0, 1.0], 2.0)
+  assert "".join(seen) == "aabb" * 3
