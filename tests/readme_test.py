@@ -214,7 +214,8 @@ def test_export_to_onnx(folder):
 
 
 @pytest.mark.parametrize(
-  "name", ["models", "digits", "evidence", "bench", "throughput"]
+  "name",
+  ["models", "digits", "evidence", "input_bench", "bench", "throughput"],
 )
 def test_generated_parts_are_current(name):
   file, generate = readme_tables.PARTS[name]
