@@ -71,6 +71,7 @@ def test_notebooks_are_kept_without_outputs(name):
   assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
+@pytest.mark.long
 def test_it_loads_predicts_and_gives_features(quickstart):
   text = _text(quickstart)
   assert "7,148,008 parameters" in text
@@ -81,6 +82,7 @@ def test_it_loads_predicts_and_gives_features(quickstart):
   assert "mambavision_tiny (1, 56, 56, 80) (1, 28, 28, 160)" in text
 
 
+@pytest.mark.long
 def test_fine_tuning_learns(quickstart):
   text = _text(quickstart)
   (five,) = _percents(r"0 to 4: ([\d.]+)% of 182 test images", text)
@@ -91,6 +93,7 @@ def test_fine_tuning_learns(quickstart):
   assert after > 85
 
 
+@pytest.mark.long
 def test_it_plots(quickstart):
   assert len(_pictures(quickstart)) == 3
 

@@ -74,16 +74,17 @@ def _assert_ends_like(workdir, whole):
   assert result(workdir) == result(whole)
 
 
-def test_kill_9_at_ten_random_times_loses_nothing(job, whole, tmp_path):
-  rng = random.Random(0)
-  # Two kills while the program starts, eight while it trains and saves.
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.long)])
+def test_kill_9_at_random_times_loses_nothing(job, whole, tmp_path, times):
+  rng = random.Random(times)
+  # Two kills while the program starts, the others while it trains and saves.
   for delay in (rng.uniform(0, 2), rng.uniform(0, 4)):
     process = job.start(tmp_path)
     time.sleep(delay)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-  for step in sorted(rng.sample(range(2, job_lib.TOTAL_STEPS - 8), 8)):
+  for step in sorted(rng.sample(range(2, job_lib.TOTAL_STEPS - 8), times)):
     process = job.start(tmp_path)
     job_lib.wait_for_step(process, step)
     time.sleep(rng.uniform(0, 0.1))
