@@ -20,6 +20,7 @@ _POLYNOMIAL = (
 )
 # A float32 plus this is rounded to a whole number, in its lowest bits.
 _ROUND = 1.5 * 2**23
+_ROUND_BITS = 0x4B400000
 _LOG2_E = 1.4426950408889634
 # log(2) in two parts: products of the first with whole numbers are exact.
 _LOG_2 = (0.693359375, -2.12194440e-4)
@@ -34,15 +35,15 @@ def exp(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
   if x.dtype != jnp.float32:
     return jnp.exp(x)
   x = jnp.clip(x, -88.03, 88.73)
-  rounded = x * _LOG2_E + _ROUND
-  power = rounded - _ROUND
+  # Not `rounded - _ROUND`: a compiler may take that for x * _LOG2_E.
+  rounded = jax.lax.bitcast_convert_type(x * _LOG2_E + _ROUND, jnp.int32)
+  power = (rounded - _ROUND_BITS).astype(jnp.float32)
   x = x - power * _LOG_2[0] - power * _LOG_2[1]
   y = jnp.full_like(x, _POLYNOMIAL[-1])
   for coefficient in _POLYNOMIAL[-2::-1]:
     y = y * x + coefficient
   # 2 ** power: all but the whole number is shifted out, the bias added.
-  bits = jax.lax.bitcast_convert_type(rounded, jnp.int32)
-  bits = (bits << 23) + (127 << 23)
+  bits = (rounded << 23) + (127 << 23)
   return y * jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
