@@ -78,7 +78,7 @@ def work() -> str:
         [f"{cost.bytes / 1e6:,.1f}" for cost in costs],
         [f"{cost.exponentials / 1e6:,.1f}" for cost in costs],
         [f"{cost.fmas / 1e6:,.0f}" for cost in costs],
-        [f"{1e6 * cost.floor_seconds:,.1f}" for cost in costs],
+        [f"{1e6 * cost.floor_seconds():,.1f}" for cost in costs],
         ["-" if x is None else f"{x:,.1f}" for x in predicted],
       ]
       cells = [f"`{name}`", op.describe(spec), *map(" / ".join, columns)]
