@@ -16,7 +16,7 @@ FOLDER: Final = pathlib.Path(__file__).parent / "results"
 RESULTS: Final = FOLDER / "gpu_suite.json"
 
 # By `python -m pallas_kernels.bench --compiled --batch-factor ...`.
-_COMPILED: Final = FOLDER / "compiled_larger_batch.json"
+COMPILED: Final = FOLDER / "compiled_larger_batch.json"
 
 PEER: Final = "mamba_ssm"
 XLA: Final = "xla_associative"
@@ -154,9 +154,9 @@ def _row(
 
 def _bounds() -> dict[tuple[Any, ...], float]:
   """Predicted microseconds of the backward kernel, by call and batch."""
-  if not _COMPILED.is_file():
+  if not COMPILED.is_file():
     return {}
-  found = json.loads(_COMPILED.read_text())["rows"]
+  found = json.loads(COMPILED.read_text())["rows"]
   return {
     (x["op"], x["spec"], x["dtype"], x["batch_factor"]): x["predicted_us"]
     for x in found
