@@ -5,7 +5,7 @@
   python -m pallas_kernels.bench --compiled [OP] [--filter vim] [--json ...]
     Registers, spills, shared memory and instructions of the GPU kernels.
     Needs no GPU, but the wheels of jax[cuda13].
-  python -m pallas_kernels.bench --tune [--filter vim]
+  python -m pallas_kernels.bench --tune [--filter vim] [--seconds 300]
     On a GPU: finds the best settings of the kernels, and keeps them.
   python -m pallas_kernels.bench --suite gpu [--json results.json]
     On a GPU: correctness and timings, in under nine minutes; with the same file
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 import re
 import sys
@@ -91,6 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     help="with --compiled or --tune: so many times the batch of each call",
   )
   parser.add_argument(
+    "--output",
+    type=pathlib.Path,
+    help="with --tune: the table, if not that beside selective_scan/tuning.py",
+  )
+  parser.add_argument(
+    "--seconds",
+    type=float,
+    default=math.inf,
+    help="with --tune: time no more settings after that",
+  )
+  parser.add_argument(
     "--rounds", type=int, default=20, help="how often each call is timed"
   )
   parser.add_argument(
@@ -114,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   if options.dtype and not options.compiled:
     parser.error("--dtype goes with --compiled only")
   if options.json and options.tune:
-    parser.error("--tune writes the table beside selective_scan/tuning.py")
+    parser.error("--tune writes a table: --output names another file for it")
+  if not options.tune and (options.output or options.seconds < math.inf):
+    parser.error("--output and --seconds go with --tune only")
   several = options.compiled or options.suite
   if not several and options.op not in (None, "selective_scan"):
     parser.error(f"{options.op} can be asked for with --compiled or --suite")
@@ -131,13 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(
       f"no call has {options.filter.pattern!r} in its name; there are {names}"
     )
-  if options.json and not options.json.parent.is_dir():
-    parser.error(f"--json: there is no folder {options.json.parent}")
+  for flag, path in (("--json", options.json), ("--output", options.output)):
+    if path and not path.parent.is_dir():
+      parser.error(f"{flag}: there is no folder {path.parent}")
 
   if options.compiled:
     return _compiled(calls, options)
   if options.tune:
-    return _tune([name for _, name in calls])
+    return _tune([name for _, name in calls], options)
   if options.suite:
     return _suite(calls, options)
   return _compare([name for _, name in calls], options)
@@ -206,10 +221,15 @@ def _compiled(
   return 0
 
 
-def _tune(names: Sequence[str]) -> int:
-  if reason := gpu_suite.why_no_gpu():
+def _tune(names: Sequence[str], options: argparse.Namespace) -> int:
+  reason = bench_tune.tune_on_gpu(
+    names,
+    path=options.output,
+    batch_factor=options.batch_factor,
+    seconds=options.seconds,
+  )
+  if reason:
     return _unavailable(f"tuning times kernels on a GPU: {reason}")
-  bench_tune.tune(names)
   return 0
 
 

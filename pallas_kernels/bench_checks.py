@@ -141,41 +141,68 @@ def on_device(
     got: The results to judge, some or all of them.
     rows: So many rows of the batch are computed at a time; divides it.
   """
-  function = functools.partial(
-    op.function, **options, implementation="xla_associative"
-  )
   summed = {
     name: jnp.zeros(x.shape, jnp.float32)
     for name, x in got.items()
     if name[1:] in arguments and name[1:] not in bench_ops.BATCHED
   }
-
-  @jax.jit
-  def add(i, summed, largest, arguments, dy, got):
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * rows, rows)
-    exact = lambda x: x.astype(jnp.float32)
-    mine = {
-      name: exact(part(x) if name in bench_ops.BATCHED else x)
-      for name, x in arguments.items()
-    }
-    cotangents = jax.tree.map(lambda x: exact(part(x)), dy)
-    want = both_ways(function)(mine, cotangents)
-    summed = {name: x + want[name] for name, x in summed.items()}
-    largest = {
-      name: jnp.maximum(x, _largest(exact(part(got[name])), want[name]))
-      for name, x in largest.items()
-    }
-    return summed, largest
-
   largest = {name: jnp.zeros(2) for name in got if name not in summed}
-  for i in range(dy[0].shape[0] // rows):
-    summed, largest = add(i, summed, largest, arguments, dy, got)
+  names = tuple(options.items())
+  for i in range(0, dy[0].shape[0], rows):
+    part = _rows_of(rows, i, arguments, dy)
+    want = _by_xla(op.name, names, *part)
+    summed, largest = _add(rows, i, summed, largest, got, want)
   for name, x in summed.items():
     largest[name] = _largest(got[name], x)
   return {
     name: float(difference / jnp.where(magnitude > 0, magnitude, 1))
     for name, (difference, magnitude) in largest.items()
   }
+
+
+# Three programs, so that the one which takes long to compile is the same for
+# every batch and dtype.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rows_of(rows: int, i: Any, arguments: Arrays, dy: Any) -> Any:
+  """Some rows of arguments and cotangents, in float32."""
+  exact = lambda x: x.astype(jnp.float32)
+  part = lambda x: exact(jax.lax.dynamic_slice_in_dim(x, i, rows))
+  mine = {
+    name: (part if name in bench_ops.BATCHED else exact)(x)
+    for name, x in arguments.items()
+  }
+  return mine, jax.tree.map(part, dy)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_xla(
+  op_name: str, options: Any, arguments: Arrays, dy: Any
+) -> dict[str, jax.Array]:
+  function = functools.partial(
+    bench_ops.OPS[op_name].function,
+    **dict(options),
+    implementation="xla_associative",
+  )
+  results = both_ways(function)(arguments, dy)
+  del results["y_alone"]  # It is y.
+  return results
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add(
+  rows: int, i: Any, summed: Arrays, largest: Arrays, got: Arrays, want: Arrays
+) -> tuple[Arrays, Arrays]:
+  """Counts in what is wanted for these rows."""
+  want = want | {"y_alone": want["y"]}
+  part = lambda x: jax.lax.dynamic_slice_in_dim(x, i, rows)
+  summed = {name: x + want[name] for name, x in summed.items()}
+  largest = {
+    name: jnp.maximum(x, _largest(part(got[name]), want[name]))
+    for name, x in largest.items()
+  }
+  return summed, largest
 
 
 def _largest(got: jax.Array, want: jax.Array) -> jax.Array:

@@ -10,6 +10,8 @@ import contextlib
 import multiprocessing
 from typing import Any, Final
 
+import jax
+
 _START_SECONDS: Final = 120
 _END_SECONDS: Final = 10
 
@@ -41,19 +43,20 @@ class Child:
 
     Args:
       function: Can be imported; it runs in the process of the call before,
-        unless that failed.
+        unless that is of no use any more.
       *arguments: What can be pickled, as its result can.
       seconds: How long it may take; starting a process comes on top.
 
     Raises:
       ChildError: It raised an exception, it took too long, or it took its
-        process along.
+        process along. The process does not go on then, unless the exception
+        was none of the device.
     """
     try:
       if self._process is None:
         self._start()
       self._pipe.send((function, arguments))
-      succeeded, value = self._answer(seconds)
+      succeeded, value, is_usable = self._answer(seconds)
     except (EOFError, OSError):
       reason = self._why_it_ended()
       self.close()
@@ -61,8 +64,9 @@ class Child:
     except BaseException:  # Interrupted: its answer would come too late.
       self.close()
       raise
-    if not succeeded:
+    if not is_usable:
       self.close()
+    if not succeeded:
       raise ChildError(value)
     return value
 
@@ -83,7 +87,7 @@ class Child:
     theirs.close()
     self._answer(_START_SECONDS)
 
-  def _answer(self, seconds: float) -> tuple[bool, Any]:
+  def _answer(self, seconds: float) -> tuple[bool, Any, bool]:
     if not self._pipe.poll(seconds):
       raise ChildError(f"timed out after {seconds:g} s")
     return self._pipe.recv()
@@ -98,12 +102,14 @@ class Child:
 
 def _serve(pipe: Any) -> None:
   """Runs what comes until the other end is closed."""
-  pipe.send((True, None))
+  pipe.send((True, None, True))
   with contextlib.suppress(EOFError):
     while True:
       function, arguments = pipe.recv()
       try:
-        answer = (True, function(*arguments))
+        answer = (True, function(*arguments), True)
       except Exception as error:
-        answer = (False, f"{type(error).__name__}: {error}")
+        is_of_device = isinstance(error, jax.errors.JaxRuntimeError)
+        text = f"{type(error).__name__}: {error}"
+        answer = (False, text, not is_of_device)
       pipe.send(answer)

@@ -100,7 +100,9 @@ def test_command_line_prints_a_table_and_writes_json(
     (["--compiled", "--batch-factor", "0"], "must be at least 1, got 0"),
     (["cross_selective_scan", "--tune"], "with --compiled or --suite"),
     (["--tune", "--compiled"], "not allowed with argument"),
-    (["--tune", "--json", "x.json"], "--tune writes the table beside"),
+    (["--tune", "--json", "x.json"], "--tune writes a table: --output names"),
+    (["--seconds", "9"], "--output and --seconds go with --tune only"),
+    (["--tune", "--output", "no/such/x.json"], "there is no folder no/such"),
   ],
 )
 def test_wrong_command_lines_are_explained(arguments, message, capsys):

@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from pallas_kernels import bench_ops, gpu_suite_report
+from pallas_kernels import (
+  bench_ops,
+  gpu_suite,
+  gpu_suite_report,
+  gpu_suite_timings,
+)
 from tests.kernels import bench_readme
 
 _OP = bench_ops.OPS["selective_scan"]
@@ -142,6 +147,15 @@ def test_the_readme_says_that_nothing_was_measured(monkeypatch, tmp_path):
     assert part == "No GPU figure has been measured yet."
 
 
-def test_bounds_are_those_of_compiled_kernels(monkeypatch, tmp_path):
+def test_the_committed_bounds_are_those_of_the_most_important_calls():
+  bounds = gpu_suite_report._bounds()
+  larger = gpu_suite_timings.Settings().larger
+  for op in bench_ops.OPS.values():
+    for name in op.specs:
+      if name.startswith(gpu_suite._IMPORTANT):
+        assert bounds[op.name, name, "bfloat16", larger] > 0
+
+
+def test_without_compiled_kernels_there_are_no_bounds(monkeypatch, tmp_path):
   monkeypatch.setattr(gpu_suite_report, "COMPILED", tmp_path / "none.json")
   assert gpu_suite_report._bounds() == {}
