@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     help="with --compiled or --tune: so many times the batch of each call",
   )
   parser.add_argument(
+    "--mamba-ssm",
+    type=pathlib.Path,
+    help="with --suite: where pallas_kernels.gpu_suite_peers built the CUDA "
+    "kernel",
+  )
+  parser.add_argument(
     "--output",
     type=pathlib.Path,
     help="with --tune: the table, if not that beside selective_scan/tuning.py",
@@ -127,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error("--dtype goes with --compiled only")
   if options.json and options.tune:
     parser.error("--tune writes a table: --output names another file for it")
+  if options.mamba_ssm and not options.suite:
+    parser.error("--mamba-ssm goes with --suite only")
   if not options.tune and (options.output or options.seconds < math.inf):
     parser.error("--output and --seconds go with --tune only")
   several = options.compiled or options.suite
@@ -236,7 +244,7 @@ def _tune(names: Sequence[str], options: argparse.Namespace) -> int:
 def _suite(
   calls: Sequence[tuple[bench_ops.Op, str]], options: argparse.Namespace
 ) -> int:
-  results = gpu_suite.run_on_gpu(calls, options.json)
+  results = gpu_suite.run_on_gpu(calls, options.json, options.mamba_ssm)
   if isinstance(results, str):
     return _unavailable(f"the GPU suite needs a GPU: {results}")
   return 0 if results["passed"] else FAILED

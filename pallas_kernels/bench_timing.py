@@ -78,7 +78,7 @@ def measure(
   once = round_of(len(rotation)) / len(rotation)
   launches = max(len(rotation), int(round_seconds / max(once, 1e-7)))
   times = [1e6 * round_of(launches) / launches for _ in range(rounds)]
-  return _timing(times, launches=launches)
+  return timing(times, launches=launches)
 
 
 def profile(
@@ -157,12 +157,13 @@ def _by_call(
   kernels = {name: float(np.median(x)) for name, x in times.items()}
   slowest_first = sorted(kernels.items(), key=lambda item: -item[1])
   totals = np.sum([*times.values()], axis=0)
-  return _timing(totals, launches=1 if not rest else launches), dict(
+  return timing(totals, launches=1 if not rest else launches), dict(
     slowest_first
   )
 
 
-def _timing(times: Any, *, launches: int) -> Timing:
+def timing(times: Any, *, launches: int) -> Timing:
+  """The statistics of these times, in microseconds, each of many launches."""
   low, median, high = (float(x) for x in np.percentile(times, (25, 50, 75)))
   return Timing(
     median_us=median,

@@ -24,6 +24,7 @@ from pallas_kernels import (
   bench_ops,
   bench_timing,
   gpu_suite_checks,
+  gpu_suite_peers,
   gpu_suite_report,
   gpu_suite_timings,
 )
@@ -72,7 +73,9 @@ def why_no_gpu() -> str | None:
   return op.implementations["mosaic_gpu"].why_not(normal, options)
 
 
-def run_on_gpu(calls: Calls, path: pathlib.Path | None) -> dict[str, Any] | str:
+def run_on_gpu(
+  calls: Calls, path: pathlib.Path | None, mamba_ssm: pathlib.Path | None
+) -> dict[str, Any] | str:
   """`run` with all steps in another process; or why there is no GPU.
 
   This process never touches the device, whose memory the other one takes.
@@ -87,6 +90,7 @@ def run_on_gpu(calls: Calls, path: pathlib.Path | None) -> dict[str, Any] | str:
       environment=facts,
       execute=child.run,
       path=path,
+      mamba_ssm=mamba_ssm,
     )
 
 
@@ -97,6 +101,7 @@ def run(
   environment: Mapping[str, str],
   execute: Execute,
   path: pathlib.Path | None = None,
+  mamba_ssm: pathlib.Path | None = None,
   settings: gpu_suite_timings.Settings | None = None,
   clock: bench_timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
@@ -109,7 +114,10 @@ def run(
     execute: Calls a function, its first argument, with the others, in at most
       `seconds`; may raise `bench_child.ChildError`.
     path: Where to write the results; None for nowhere. What is there already,
-      of the same environment, is not run again.
+      of the same environment, is not run again, but for contenders that
+      failed.
+    mamba_ssm: Where `gpu_suite_peers` built the CUDA kernel; None to time
+      without it.
     settings: What the run may cost.
     clock: Seconds since any moment.
 
@@ -130,7 +138,7 @@ def run(
   print("  ".join(f"{k} {v}" for k, v in environment.items()))
   done = {row["name"] for row in results["steps"]}
   start = clock()
-  for step in _steps(calls, implementation, settings):
+  for step in _steps(calls, implementation, settings, mamba_ssm):
     if step.name in done:
       continue
     # Should all of this be killed, the file says in what.
@@ -171,11 +179,18 @@ def _steps_done(
   """
   if path is None or not path.exists():
     return []
-  constant = lambda facts: {k: v for k, v in facts.items() if k != "date"}
+  # "source" tells of the code what matters; results may be committed between.
+  constant = lambda facts: {
+    k: v for k, v in facts.items() if k not in ("date", "commit")
+  }
   try:
     before = json.loads(path.read_text())
     is_same = constant(before["environment"]) == constant(environment)
-    steps = [x for x in before["steps"] if x.get("reason") != _LATE]
+    steps = [
+      x
+      for x in before["steps"]
+      if x["check"] and x.get("reason") != _LATE or x["status"] == "passed"
+    ]
   except (ValueError, KeyError, TypeError, AttributeError):
     is_same, steps = False, []
   if is_same:
@@ -230,7 +245,10 @@ def _print_step(row: Mapping[str, Any]) -> None:
 
 
 def _steps(
-  calls: Calls, implementation: str, settings: gpu_suite_timings.Settings
+  calls: Calls,
+  implementation: str,
+  settings: gpu_suite_timings.Settings,
+  mamba_ssm: pathlib.Path | None,
 ) -> Iterator[Step]:
   """All steps, the most important ones first."""
   yield Step(
@@ -255,7 +273,7 @@ def _steps(
           arguments=(case, implementation),
           is_check=True,
         )
-      yield from _timings(group, dtype, implementation, settings)
+      yield from _timings(group, dtype, implementation, settings, mamba_ssm)
 
 
 def _timings(
@@ -263,10 +281,14 @@ def _timings(
   dtype: str,
   implementation: str,
   settings: gpu_suite_timings.Settings,
+  mamba_ssm: pathlib.Path | None,
 ) -> Iterator[Step]:
   for op, name in calls:
+    contenders = [implementation, gpu_suite_report.XLA]
+    if mamba_ssm and op.name == "selective_scan":
+      contenders.append(gpu_suite_report.PEER)
     for factor in (settings.larger, 1):
-      for contender in (implementation, "xla_associative"):
+      for contender in contenders:
         job = gpu_suite_timings.Job(
           op=op.name,
           call=name,
@@ -275,9 +297,12 @@ def _timings(
           implementation=contender,
           is_checked=contender == implementation,
         )
+        is_peer = contender == gpu_suite_report.PEER
         yield Step(
           name=f"time {op.name} {name} {dtype} batch x{factor} {contender}",
-          function=gpu_suite_timings.time_call,
-          arguments=(job, settings),
+          function=gpu_suite_peers.time_call
+          if is_peer
+          else gpu_suite_timings.time_call,
+          arguments=(job, settings, mamba_ssm) if is_peer else (job, settings),
           is_check=job.is_checked,
         )

@@ -87,7 +87,7 @@ def time_call(job: Job, settings: Settings) -> dict[str, Any]:
   """
   op = bench_ops.OPS[job.op]
   spec = bench_ops.enlarged(op.specs[job.call], job.batch_factor)
-  arrays = _arguments(job.op, spec, job.dtype)
+  arrays = arguments_of(job.op, spec, job.dtype)
   itemsize = jax.numpy.dtype(job.dtype).itemsize
   found: dict[str, Any] = dataclasses.asdict(job)
   results: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def time_call(job: Job, settings: Settings) -> dict[str, Any]:
 
 
 # Contenders are timed one after the other on the same arrays.
-_arguments = functools.lru_cache(maxsize=1)(bench_ops.random_arguments)
+arguments_of = functools.lru_cache(maxsize=1)(bench_ops.random_arguments)
 
 
 def _run(into: Callable[..., Any], cell: list[Any]) -> Any:

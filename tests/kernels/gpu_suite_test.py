@@ -193,7 +193,7 @@ def test_a_second_run_goes_on(steps, tmp_path):
   later = _steps(clock, (1, 1, 1, 1))
   later[:2] = [dataclasses.replace(x, function=_forbidden) for x in later[:2]]
   steps([bandwidth, *later])
-  results = again(environment=_FACTS | {"date": "tomorrow"})
+  results = again(environment=_FACTS | {"date": "later", "commit": "b"})
   assert results["complete"]
   assert results["passed"]
   assert [(row["name"], row["status"]) for row in results["steps"]] == [
@@ -267,7 +267,7 @@ def test_results_are_there_when_it_is_killed(steps, tmp_path):
 
 def test_steps_can_be_sent_to_a_child_in_order_of_importance():
   calls = [(op, name) for op in bench_ops.OPS.values() for name in op.specs]
-  found = list(gpu_suite._steps(calls, "mosaic_gpu", _SETTINGS))
+  found = list(gpu_suite._steps(calls, "mosaic_gpu", _SETTINGS, None))
   names = [step.name for step in found]
   assert len({*names}) == len(names)
   timed = [name for name in names if name.startswith("time")]
