@@ -105,8 +105,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--seconds",
     type=float,
-    default=math.inf,
-    help="with --tune: time no more settings after that",
+    help="with --suite or --tune: begin nothing more after that",
   )
   parser.add_argument(
     "--rounds", type=int, default=20, help="how often each call is timed"
@@ -135,8 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error("--tune writes a table: --output names another file for it")
   if options.mamba_ssm and not options.suite:
     parser.error("--mamba-ssm goes with --suite only")
-  if not options.tune and (options.output or options.seconds < math.inf):
-    parser.error("--output and --seconds go with --tune only")
+  if options.output and not options.tune:
+    parser.error("--output goes with --tune only")
+  if options.seconds is not None and not (options.tune or options.suite):
+    parser.error("--seconds goes with --suite or --tune only")
   several = options.compiled or options.suite
   if not several and options.op not in (None, "selective_scan"):
     parser.error(f"{options.op} can be asked for with --compiled or --suite")
@@ -234,7 +235,7 @@ def _tune(names: Sequence[str], options: argparse.Namespace) -> int:
     names,
     path=options.output,
     batch_factor=options.batch_factor,
-    seconds=options.seconds,
+    seconds=math.inf if options.seconds is None else options.seconds,
   )
   if reason:
     return _unavailable(f"tuning times kernels on a GPU: {reason}")
@@ -244,7 +245,9 @@ def _tune(names: Sequence[str], options: argparse.Namespace) -> int:
 def _suite(
   calls: Sequence[tuple[bench_ops.Op, str]], options: argparse.Namespace
 ) -> int:
-  results = gpu_suite.run_on_gpu(calls, options.json, options.mamba_ssm)
+  results = gpu_suite.run_on_gpu(
+    calls, options.json, options.mamba_ssm, options.seconds
+  )
   if isinstance(results, str):
     return _unavailable(f"the GPU suite needs a GPU: {results}")
   return 0 if results["passed"] else FAILED

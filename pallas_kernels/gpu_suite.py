@@ -74,12 +74,18 @@ def why_no_gpu() -> str | None:
 
 
 def run_on_gpu(
-  calls: Calls, path: pathlib.Path | None, mamba_ssm: pathlib.Path | None
+  calls: Calls,
+  path: pathlib.Path | None,
+  mamba_ssm: pathlib.Path | None,
+  seconds: float | None,
 ) -> dict[str, Any] | str:
   """`run` with all steps in another process; or why there is no GPU.
 
   This process never touches the device, whose memory the other one takes.
   """
+  settings = gpu_suite_timings.Settings()
+  if seconds is not None:
+    settings = dataclasses.replace(settings, seconds=seconds)
   with bench_child.Child() as child:
     if reason := child.run(why_no_gpu, seconds=_START_SECONDS):
       return reason
@@ -91,6 +97,7 @@ def run_on_gpu(
       execute=child.run,
       path=path,
       mamba_ssm=mamba_ssm,
+      settings=settings,
     )
 
 

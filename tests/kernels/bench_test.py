@@ -101,7 +101,9 @@ def test_command_line_prints_a_table_and_writes_json(
     (["cross_selective_scan", "--tune"], "with --compiled or --suite"),
     (["--tune", "--compiled"], "not allowed with argument"),
     (["--tune", "--json", "x.json"], "--tune writes a table: --output names"),
-    (["--seconds", "9"], "--output and --seconds go with --tune only"),
+    (["--seconds", "9"], "--seconds goes with --suite or --tune only"),
+    (["--output", "x.json"], "--output goes with --tune only"),
+    (["--mamba-ssm", "x"], "--mamba-ssm goes with --suite only"),
     (["--tune", "--output", "no/such/x.json"], "there is no folder no/such"),
   ],
 )

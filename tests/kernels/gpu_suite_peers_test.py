@@ -1,8 +1,4 @@
-"""The comparison with a CUDA kernel that cannot run here.
-
-What PyTorch would compute stands in for it: arrays of numpy have what is asked
-of tensors.
-"""
+"""What is said where the CUDA kernel to compare with cannot run."""
 
 import pathlib
 
