@@ -203,7 +203,7 @@ def tune_on_gpu(
     **options: More arguments of `tune`.
   """
   with bench_child.Child() as child:
-    if reason := child.run(gpu_suite.why_no_gpu, seconds=_START_SECONDS):
+    if reason := gpu_suite.why_no_gpu_there(child):
       return reason
     device = child.run(this_device, seconds=_START_SECONDS)
     path = path or tuning.table_path(device.device_kind)

@@ -73,6 +73,14 @@ def why_no_gpu() -> str | None:
   return op.implementations["mosaic_gpu"].why_not(normal, options)
 
 
+def why_no_gpu_there(child: bench_child.Child) -> str | None:
+  """`why_no_gpu` in another process, which may not come that far."""
+  try:
+    return child.run(why_no_gpu, seconds=_START_SECONDS)
+  except bench_child.ChildError as error:
+    return f"a process that asked for it {error}"
+
+
 def run_on_gpu(
   calls: Calls,
   path: pathlib.Path | None,
@@ -87,7 +95,7 @@ def run_on_gpu(
   if seconds is not None:
     settings = dataclasses.replace(settings, seconds=seconds)
   with bench_child.Child() as child:
-    if reason := child.run(why_no_gpu, seconds=_START_SECONDS):
+    if reason := why_no_gpu_there(child):
       return reason
     facts = child.run(bench_compare.environment, seconds=_START_SECONDS)
     return run(
@@ -267,11 +275,11 @@ def _steps(
     call for x in _IMPORTANT for call in calls if call[1].startswith(x)
   ]
   others = [call for call in calls if call not in important]
-  has_scan = any(op.name == "selective_scan" for op, _ in calls)
+  scans = lambda group: [x for x in group if x[0].name == "selective_scan"]
   for group in (important, others):
     for dtype in _DTYPES:
       cases = [*gpu_suite_checks.of_models(group, dtype)]
-      if has_scan and group is important:
+      if group is important and scans(calls):
         cases += gpu_suite_checks.awkward(dtype)
       for case in cases:
         yield Step(
@@ -280,36 +288,49 @@ def _steps(
           arguments=(case, implementation),
           is_check=True,
         )
-      yield from _timings(group, dtype, implementation, settings, mamba_ssm)
+      for job in _jobs(group, dtype, implementation, settings):
+        job = dataclasses.replace(job, is_checked=True)
+        yield _timing(job, gpu_suite_timings.time_call, job, settings)
+      if mamba_ssm is not None:
+        name = gpu_suite_report.PEER
+        for job in _jobs(scans(group), dtype, name, settings):
+          yield _timing(
+            job, gpu_suite_peers.time_call, job, settings, mamba_ssm
+          )
+    # Last, as it takes the longest to compile.
+    for dtype in _DTYPES:
+      for job in _jobs(group, dtype, gpu_suite_report.XLA, settings):
+        yield _timing(job, gpu_suite_timings.time_call, job, settings)
 
 
-def _timings(
+def _jobs(
   calls: Calls,
   dtype: str,
   implementation: str,
   settings: gpu_suite_timings.Settings,
-  mamba_ssm: pathlib.Path | None,
-) -> Iterator[Step]:
+) -> Iterator[gpu_suite_timings.Job]:
+  """The timings of calls, each with a larger batch and with its own."""
   for op, name in calls:
-    contenders = [implementation, gpu_suite_report.XLA]
-    if mamba_ssm and op.name == "selective_scan":
-      contenders.append(gpu_suite_report.PEER)
     for factor in (settings.larger, 1):
-      for contender in contenders:
-        job = gpu_suite_timings.Job(
-          op=op.name,
-          call=name,
-          dtype=dtype,
-          batch_factor=factor,
-          implementation=contender,
-          is_checked=contender == implementation,
-        )
-        is_peer = contender == gpu_suite_report.PEER
-        yield Step(
-          name=f"time {op.name} {name} {dtype} batch x{factor} {contender}",
-          function=gpu_suite_peers.time_call
-          if is_peer
-          else gpu_suite_timings.time_call,
-          arguments=(job, settings, mamba_ssm) if is_peer else (job, settings),
-          is_check=job.is_checked,
-        )
+      yield gpu_suite_timings.Job(
+        op=op.name,
+        call=name,
+        dtype=dtype,
+        batch_factor=factor,
+        implementation=implementation,
+        is_checked=False,
+      )
+
+
+def _timing(
+  job: gpu_suite_timings.Job,
+  function: Callable[..., dict[str, Any]],
+  *arguments: Any,
+) -> Step:
+  return Step(
+    name=f"time {job.op} {job.call} {job.dtype} batch x{job.batch_factor} "
+    f"{job.implementation}",
+    function=function,
+    arguments=arguments,
+    is_check=job.is_checked,
+  )

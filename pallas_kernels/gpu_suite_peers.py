@@ -28,7 +28,7 @@ from pallas_kernels import (
   bench_timing,
   gpu_suite_checks,
 )
-from pallas_kernels.gpu_suite_timings import arguments_of, Job, Settings
+from pallas_kernels.gpu_suite_timings import Job, Settings
 
 UNAVAILABLE: Final = 69
 
@@ -170,7 +170,8 @@ def time_call(
   torch = _torch()
   op = bench_ops.OPS[job.op]
   spec = bench_ops.enlarged(op.specs[job.call], job.batch_factor)
-  arrays = jax.block_until_ready(arguments_of(job.op, spec, job.dtype))
+  arrays = bench_ops.random_arguments(job.op, spec, job.dtype)
+  jax.block_until_ready(arrays)
   if "z" in arrays:
     raise PeerError("calls with a gate are not compared")
   size = sum(x.nbytes for x in arrays.values())

@@ -87,7 +87,7 @@ def time_call(job: Job, settings: Settings) -> dict[str, Any]:
   """
   op = bench_ops.OPS[job.op]
   spec = bench_ops.enlarged(op.specs[job.call], job.batch_factor)
-  arrays = arguments_of(job.op, spec, job.dtype)
+  arrays = bench_ops.random_arguments(job.op, spec, job.dtype)
   itemsize = jax.numpy.dtype(job.dtype).itemsize
   found: dict[str, Any] = dataclasses.asdict(job)
   results: dict[str, Any] = {}
@@ -126,10 +126,6 @@ def time_call(job: Job, settings: Settings) -> dict[str, Any]:
     found["errors"] = gpu_suite_checks.as_text(errors)
     found["failures"] = failures
   return found
-
-
-# Contenders are timed one after the other on the same arrays.
-arguments_of = functools.lru_cache(maxsize=1)(bench_ops.random_arguments)
 
 
 def _run(into: Callable[..., Any], cell: list[Any]) -> Any:
