@@ -5,10 +5,11 @@
   python -m pallas_kernels.bench --compiled [OP] [--filter vim] [--json ...]
     Registers, spills, shared memory and instructions of the GPU kernels.
     Needs no GPU, but the wheels of jax[cuda13].
-  python -m pallas_kernels.bench --tune [--filter vim]
+  python -m pallas_kernels.bench --tune [--filter vim] [--seconds 300]
     On a GPU: finds the best settings of the kernels, and keeps them.
   python -m pallas_kernels.bench --suite gpu [--json results.json]
-    On a GPU: correctness, then timings, in under eight minutes.
+    On a GPU: correctness and timings, in under nine minutes; with the same file
+    again, what is left of it.
 
 It exits with 1 if a check failed, with 2 for a wrong command line and with 69
 if this machine lacks what was asked for.
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
 import json
+import math
 import pathlib
 import re
 import sys
@@ -84,6 +86,28 @@ def _parser() -> argparse.ArgumentParser:
     help="with --compiled: only this dtype of the sequences",
   )
   parser.add_argument(
+    "--batch-factor",
+    type=int,
+    default=1,
+    help="with --compiled or --tune: so many times the batch of each call",
+  )
+  parser.add_argument(
+    "--mamba-ssm",
+    type=pathlib.Path,
+    help="with --suite: where pallas_kernels.gpu_suite_peers built the CUDA "
+    "kernel",
+  )
+  parser.add_argument(
+    "--output",
+    type=pathlib.Path,
+    help="with --tune: the table, if not that beside selective_scan/tuning.py",
+  )
+  parser.add_argument(
+    "--seconds",
+    type=float,
+    help="with --suite or --tune: begin nothing more after that",
+  )
+  parser.add_argument(
     "--rounds", type=int, default=20, help="how often each call is timed"
   )
   parser.add_argument(
@@ -98,10 +122,22 @@ def main(argv: Sequence[str] | None = None) -> int:
   options = parser.parse_args(argv)
   if options.rounds < 1:
     parser.error(f"--rounds must be at least 1, got {options.rounds}")
+  if options.batch_factor < 1:
+    parser.error(
+      f"--batch-factor must be at least 1, got {options.batch_factor}"
+    )
+  if options.batch_factor > 1 and not (options.compiled or options.tune):
+    parser.error("--batch-factor goes with --compiled or --tune only")
   if options.dtype and not options.compiled:
     parser.error("--dtype goes with --compiled only")
   if options.json and options.tune:
-    parser.error("--tune writes the table beside selective_scan/tuning.py")
+    parser.error("--tune writes a table: --output names another file for it")
+  if options.mamba_ssm and not options.suite:
+    parser.error("--mamba-ssm goes with --suite only")
+  if options.output and not options.tune:
+    parser.error("--output goes with --tune only")
+  if options.seconds is not None and not (options.tune or options.suite):
+    parser.error("--seconds goes with --suite or --tune only")
   several = options.compiled or options.suite
   if not several and options.op not in (None, "selective_scan"):
     parser.error(f"{options.op} can be asked for with --compiled or --suite")
@@ -118,13 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(
       f"no call has {options.filter.pattern!r} in its name; there are {names}"
     )
-  if options.json and not options.json.parent.is_dir():
-    parser.error(f"--json: there is no folder {options.json.parent}")
+  for flag, path in (("--json", options.json), ("--output", options.output)):
+    if path and not path.parent.is_dir():
+      parser.error(f"{flag}: there is no folder {path.parent}")
 
   if options.compiled:
     return _compiled(calls, options)
   if options.tune:
-    return _tune([name for _, name in calls])
+    return _tune([name for _, name in calls], options)
   if options.suite:
     return _suite(calls, options)
   return _compare([name for _, name in calls], options)
@@ -176,7 +213,9 @@ def _compiled(
   for op, name in calls:
     for dtype in [options.dtype] if options.dtype else bench_compiled.DTYPES:
       for direction in bench_ops.DIRECTIONS:
-        for row in bench_compiled.figures(op, name, dtype, direction):
+        for row in bench_compiled.figures(
+          op, name, dtype, direction, options.batch_factor
+        ):
           rows.append(row)
           print(bench_compiled.line(row), flush=True)
   for row in rows:
@@ -191,19 +230,26 @@ def _compiled(
   return 0
 
 
-def _tune(names: Sequence[str]) -> int:
-  if reason := gpu_suite.why_no_gpu():
+def _tune(names: Sequence[str], options: argparse.Namespace) -> int:
+  reason = bench_tune.tune_on_gpu(
+    names,
+    path=options.output,
+    batch_factor=options.batch_factor,
+    seconds=math.inf if options.seconds is None else options.seconds,
+  )
+  if reason:
     return _unavailable(f"tuning times kernels on a GPU: {reason}")
-  bench_tune.tune(names)
   return 0
 
 
 def _suite(
   calls: Sequence[tuple[bench_ops.Op, str]], options: argparse.Namespace
 ) -> int:
-  if reason := gpu_suite.why_no_gpu():
-    return _unavailable(f"the GPU suite needs a GPU: {reason}")
-  results = gpu_suite.run(calls, implementation="mosaic_gpu", path=options.json)
+  results = gpu_suite.run_on_gpu(
+    calls, options.json, options.mamba_ssm, options.seconds
+  )
+  if isinstance(results, str):
+    return _unavailable(f"the GPU suite needs a GPU: {results}")
   return 0 if results["passed"] else FAILED
 
 

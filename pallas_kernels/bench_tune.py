@@ -2,9 +2,10 @@
 
 For each call that models make, in bfloat16 and float32, settings are varied
 one at a time, from those of the heuristics. Each candidate must compute what
-the definition says before it is timed, forward plus backward. The best are
-written to the table of this kind of device, beside `tuning`; what was measured
-for other calls stays in it.
+`xla_associative` does before it is timed, forward plus backward, in another
+process, which it may take along. The best are written to the table of this kind
+of device, beside `tuning`, or to another file; what was measured for other
+calls stays in it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,22 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import pathlib
+import time
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import bench_checks, bench_ops, bench_timing, dispatch
+from pallas_kernels import (
+  bench_checks,
+  bench_child,
+  bench_ops,
+  bench_timing,
+  dispatch,
+  gpu_suite,
+)
 from pallas_kernels.selective_scan import arguments, mosaic_gpu, tuning
 
 # Tried for each setting, beside these multiples of the number of chunks.
@@ -34,7 +44,12 @@ _CHUNK_FACTORS: Final = (0.25, 0.5, 2, 4)
 _GAIN: Final = 0.98
 _PASSES: Final = 2
 
-Timer = Callable[[tuning.Config], float]
+# A candidate that takes longer is none; starting a device takes longer still.
+_SECONDS: Final = 45
+_START_SECONDS: Final = 120
+_ROWS: Final = 16  # That are checked at a time.
+
+Timer = Callable[..., float]
 
 
 class CandidateError(Exception):
@@ -73,22 +88,24 @@ def neighbours(config: tuning.Config) -> Iterator[tuning.Config]:
 
 def search(
   start: tuning.Config,
-  time: Timer,
+  time_one: Callable[[tuning.Config], float],
   report: Callable[[Trial], None] = lambda trial: None,
+  is_over: Callable[[], bool] = lambda: False,
 ) -> Trial:
   """The fastest of the settings around `start`, by going downhill.
 
   Args:
     start: Where to begin; it must work.
-    time: The microseconds of a candidate; what it raises disqualifies it.
+    time_one: The microseconds of a candidate; what it raises disqualifies it.
     report: Called with every trial.
+    is_over: Whether to be content with what is known.
   """
   tried: dict[tuning.Config, Trial] = {}
 
   def attempt(config: tuning.Config) -> Trial:
     if config not in tried:
       try:
-        tried[config] = Trial(config=config, microseconds=time(config))
+        tried[config] = Trial(config=config, microseconds=time_one(config))
       # What settings do not lower, or not compile, shows in many ways: errors
       # of the kernels, of Pallas, of the compiler, of the device.
       except Exception as error:
@@ -104,6 +121,8 @@ def search(
   for _ in range(_PASSES):
     before = best
     for config in neighbours(best.config):
+      if is_over():
+        return best
       trial = attempt(config)
       if trial.microseconds is None or best.microseconds is None:
         continue
@@ -117,23 +136,33 @@ def search(
 def tune(
   names: Sequence[str],
   *,
-  timer: Callable[..., Timer] | None = None,
-  path: pathlib.Path | None = None,
+  device: Any,
+  timer: Timer,
+  path: pathlib.Path,
+  batch_factor: int = 1,
+  seconds: float = math.inf,
+  clock: bench_timing.Clock = time.monotonic,
 ) -> None:
   """Tunes the calls of these names and keeps what it finds, call by call.
 
   Args:
     names: Keys of the selective scan's `ARG_SPECS`.
-    timer: Makes, from a call and a dtype, what times its settings; None for
-      `device_timer`.
-    path: The table; None for that of this device.
+    device: What they are tuned for.
+    timer: The microseconds of settings for a call and a dtype.
+    path: The table.
+    batch_factor: How many times the batch of the calls.
+    seconds: No candidate is timed later than this.
+    clock: Seconds since any moment.
   """
   op = bench_ops.OPS["selective_scan"]
-  device = dispatch.target_device()
-  path = path or tuning.table_path(device.device_kind)
+  end = clock() + seconds
+  is_over = lambda: clock() > end
   for name in names:
-    for dtype in (jnp.bfloat16, jnp.float32):
-      spec = op.specs[name]
+    for dtype in ("bfloat16", "float32"):
+      if is_over():
+        print(f"\n{name} {dtype}: the time is up")
+        continue
+      spec = bench_ops.enlarged(op.specs[name], batch_factor)
       problem = tuning.Problem(
         b=spec.b,
         l=spec.l,
@@ -142,41 +171,89 @@ def tune(
         n=spec.n,
         itemsize=jnp.dtype(dtype).itemsize,
       )
-      print(f"\n{name} {jnp.dtype(dtype).name}", flush=True)
-      cores = tuning.core_count(device)
-      start = tuning.heuristic(problem, cores=cores)
-      make = timer or device_timer
-      best = search(start, make(spec, dtype), _print_trial)
-      print(f"best: {best.config}")
+      print(f"\n{name} {dtype} {op.describe(spec)}", flush=True)
+      start = tuning.heuristic(problem, cores=tuning.core_count(device))
+      time_one = functools.partial(timer, spec, dtype)
+      try:
+        best = search(start, time_one, _print_trial, is_over)
+      except CandidateError as error:
+        print(f"left as it is: {error}", flush=True)
+        continue
+      print(f"best: {best.config}", flush=True)
       _keep(path, device.device_kind, problem, best)
-  print(f"\nWritten to {path}")
+  print(f"\nThe table is {path}")
 
 
-def device_timer(spec: Any, dtype: Any) -> Timer:
-  """Times settings on this machine's GPU, once they compute what they must."""
-  op = bench_ops.OPS["selective_scan"]
-  arrays = op.make_arguments(spec, dtype=dtype)
-  plain = functools.partial(
-    op.function, delta_softplus=True, implementation="xla_associative"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+  """What tuning has to know of a device, in a process that does not use it."""
+
+  device_kind: str
+  core_count: int
+
+
+def tune_on_gpu(
+  names: Sequence[str], *, path: pathlib.Path | None, **options: Any
+) -> str | None:
+  """`tune` with all candidates in another process; or why there is no GPU.
+
+  Args:
+    names: Keys of the selective scan's `ARG_SPECS`.
+    path: The table; None for that of this device.
+    **options: More arguments of `tune`.
+  """
+  with bench_child.Child() as child:
+    if reason := gpu_suite.why_no_gpu_there(child):
+      return reason
+    device = child.run(this_device, seconds=_START_SECONDS)
+    path = path or tuning.table_path(device.device_kind)
+    timer = functools.partial(child.run, time_on_device, seconds=_SECONDS)
+    tune(names, device=device, timer=timer, path=path, **options)
+  return None
+
+
+def this_device() -> Device:
+  """The one that this process uses."""
+  device = dispatch.target_device()
+  return Device(
+    device_kind=device.device_kind, core_count=tuning.core_count(device)
   )
-  dy = bench_checks.cotangents(plain, arrays)
-  want = bench_checks.expected(op, {"delta_softplus": True}, arrays, dy)
+
+
+def time_on_device(spec: Any, dtype: str, config: tuning.Config) -> float:
+  """Microseconds of a call with these settings, if it computes what it must.
+
+  Raises:
+    CandidateError: It does not.
+  """
+  op = bench_ops.OPS["selective_scan"]
+  function = functools.partial(with_config, config)
+  arrays, dy = _inputs(spec, dtype)
+  program = jax.jit(bench_checks.both_ways(function))
+  shapes = jax.eval_shape(program, arrays, dy)
+  got, failures = bench_checks.repeat(
+    bench_checks.into_buffers(program), shapes, arrays, dy
+  )
+  errors = bench_checks.on_device(
+    op, {"delta_softplus": True}, arrays, dy, got, rows=math.gcd(spec.b, _ROWS)
+  )
+  failures += bench_checks.too_large(errors, got)
+  if failures:
+    raise CandidateError("; ".join(failures))
+
+  def both(inputs):
+    y, back = jax.vjp(lambda a: function(**a), inputs[0])
+    return y, back(*inputs[1])
+
   rotation = bench_timing.copies((arrays, dy))
+  return bench_timing.measure(jax.jit(both), rotation).median_us
 
-  def time(config: tuning.Config) -> float:
-    function = functools.partial(with_config, config)
-    got = jax.jit(bench_checks.both_ways(function))(arrays, dy)
-    _, failures = bench_checks.compare(got, want)
-    if failures:
-      raise CandidateError("; ".join(failures))
 
-    def both(inputs):
-      y, back = jax.vjp(lambda a: function(**a), inputs[0])
-      return y, back(*inputs[1])
-
-    return bench_timing.measure(jax.jit(both), rotation).median_us
-
-  return time
+@functools.lru_cache(maxsize=1)
+def _inputs(spec: Any, dtype: str) -> tuple[dict[str, Any], tuple[Any, ...]]:
+  """The arguments of a call and the cotangent of its result."""
+  arrays = bench_ops.random_arguments("selective_scan", spec, dtype)
+  return arrays, (jnp.flip(arrays["u"], axis=1),)
 
 
 def with_config(config: tuning.Config, **arrays: Any) -> jax.Array:

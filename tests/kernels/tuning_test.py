@@ -6,8 +6,8 @@ import json
 import jax
 import pytest
 
-from pallas_kernels import bench_tune
-from pallas_kernels.selective_scan import arg_specs, tuning
+from pallas_kernels import bench_checks, bench_child, bench_timing, bench_tune
+from pallas_kernels.selective_scan import api, arg_specs, tuning
 
 _PROBLEM = tuning.Problem(b=2, l=100, d=64, g=1, n=16, itemsize=2)
 _CONFIG = tuning.Config(tile=32, unroll=4, buffers=3, chunks=5)
@@ -136,24 +136,83 @@ def test_settings_that_fail_from_the_start_are_an_error():
     bench_tune.search(tuning.Config(), time)
 
 
+_DEVICE = bench_tune.Device(device_kind=_KIND, core_count=132)
+
+
 def test_tuning_rewrites_its_calls_and_keeps_the_others(tmp_path, capsys):
   path = tmp_path / "tuning_x.json"
   spec = arg_specs.ARG_SPECS["mambavision_tiny_stage3"]
   mine = tuning.Problem(
-    b=spec.b, l=spec.l, d=spec.d, g=spec.g, n=spec.n, itemsize=2
+    b=16 * spec.b, l=spec.l, d=spec.d, g=spec.g, n=spec.n, itemsize=2
   )
   _write(path, [_entry(), _entry(mine)])
-  timer = lambda spec, dtype: lambda config: 10.0 * config.buffers
-  bench_tune.tune(["mambavision_tiny_stage3"], timer=timer, path=path)
+
+  def timer(call, dtype, config):
+    assert call.b == mine.b
+    if dtype == "float32":
+      raise bench_child.ChildError("timed out after 45 s")
+    return 10.0 * config.buffers
+
+  bench_tune.tune(
+    ["mambavision_tiny_stage3"],
+    device=_DEVICE,
+    timer=timer,
+    path=path,
+    batch_factor=16,
+  )
   table = tuning.read_table(path)
+  assert table.keys() == {_PROBLEM, mine}
   assert table[_PROBLEM] == _CONFIG
   assert table[mine].buffers == 1
-  assert table[dataclasses.replace(mine, itemsize=4)].buffers == 1
-  assert len(table) == 3
   written = json.loads(path.read_text())
   assert jax.__version__ in written["note"]
   assert written["entries"][-1]["microseconds"] == 10.0
-  assert "best: Config(" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "best: Config(" in printed
+  assert "left as it is: the heuristic settings fail: ChildError: ti" in printed
+
+
+def test_tuning_keeps_what_it_knows_when_the_time_is_up(tmp_path, capsys):
+  path = tmp_path / "tuning_x.json"
+  now = 0.0
+
+  def timer(call, dtype, config):
+    nonlocal now
+    now += 10
+    return 1e3 - now
+
+  bench_tune.tune(
+    ["vim_tiny_224"],
+    device=_DEVICE,
+    timer=timer,
+    path=path,
+    seconds=45,
+    clock=lambda: now,
+  )
+  assert now == 50
+  ((problem, _),) = tuning.read_table(path).items()
+  assert problem.itemsize == 2
+  assert "vim_tiny_224 float32: the time is up" in capsys.readouterr().out
+
+
+def test_settings_are_timed_once_they_compute_what_they_must(monkeypatch):
+  spec = arg_specs.ArgSpec(b=2, l=3, d=4, n=2, source="")
+  seen = []
+
+  def scan(config, **arrays):
+    seen.append(config)
+    y = api.selective_scan(
+      **arrays, delta_softplus=True, implementation="reference"
+    )
+    return y if config == _CONFIG else 1.01 * y
+
+  monkeypatch.setattr(bench_tune, "with_config", scan)
+  monkeypatch.setattr(bench_checks, "_POISON_BYTES", 4096)
+  monkeypatch.setattr(bench_timing, "_MAX_COPIES", 2)
+  assert bench_tune.time_on_device(spec, "float32", _CONFIG) > 0
+  with pytest.raises(bench_tune.CandidateError, match="y: relative error 0.01"):
+    bench_tune.time_on_device(spec, "float32", tuning.Config())
+  assert set(seen) == {_CONFIG, tuning.Config()}
 
 
 def test_given_settings_reach_the_kernels(monkeypatch):
