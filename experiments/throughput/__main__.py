@@ -88,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error("pass either --preset or --models")
   if args.cache:
     jax.config.update("jax_compilation_cache_dir", str(args.cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   # JAX's own default is 0.75. Read when the device is first used: now.
   os.environ.setdefault(_MEMORY_FRACTION, "0.92")
   on_gpu = jax.default_backend() == "gpu"
