@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from pallas_kernels import bench_environment
 from pallas_kernels.selective_scan import api, arg_specs
 
 BASELINE: Final = "baseline"
@@ -183,16 +184,21 @@ def check_gates(rows: Sequence[Row]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-  """What the numbers depend on beside the code."""
+  """What the numbers depend on; on a GPU, more of it."""
   device = jax.extend.backend.get_default_device()
-  return {
+  # A CPU's kind is "cpu".
+  names = dict.fromkeys((device.platform, device.device_kind))
+  facts = {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "device": f"{device.platform} {device.device_kind}",
+    "device": " ".join(names),
     "machine": f"{platform.machine()} {platform.system()}",
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,
     "python": platform.python_version(),
   }
+  if device.platform == "gpu":
+    facts |= bench_environment.gpu_facts()
+  return facts
 
 
 def table(rows: Sequence[Row]) -> str:

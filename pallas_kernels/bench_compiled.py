@@ -60,6 +60,7 @@ class Figures:
       kernel's loops are not those expected.
     predicted_us: Predicted time in microseconds, without its launch; None as
       before.
+    batch_factor: How many times the call's batch.
   """
 
   op: str
@@ -76,6 +77,7 @@ class Figures:
   instructions: int
   instructions_per_state: float | None
   predicted_us: float | None
+  batch_factor: int = 1
 
   @property
   def is_backward(self) -> bool:
@@ -92,26 +94,41 @@ def why_not(op: bench_ops.Op) -> str | None:
 
 
 def figures(
-  op: bench_ops.Op, spec_name: str, dtype: str, direction: str
+  op: bench_ops.Op,
+  spec_name: str,
+  dtype: str,
+  direction: str,
+  batch_factor: int = 1,
 ) -> list[Figures]:
   """The kernels of a call, in the order in which they run.
+
+  Args:
+    op: The operation.
+    spec_name: The call.
+    dtype: That of its sequences.
+    direction: One of `bench_ops.DIRECTIONS`.
+    batch_factor: How many times its batch.
 
   Raises:
     RuntimeError: `why_not` says why.
   """
   if reason := why_not(op):
     raise RuntimeError(reason)
-  spec = op.specs[spec_name]
+  spec = bench_ops.enlarged(op.specs[spec_name], batch_factor)
   with on_h100():
     blocks = op.blocks(spec, jnp.dtype(dtype).itemsize)
     kernels = compiled.kernels(
       bench_ops.program(op, direction, "mosaic_gpu"),
-      shapes(op, spec_name, dtype),
+      bench_ops.argument_shapes(op, spec, jnp.dtype(dtype)),
     )
   sizes = op.sizes(spec)
   return [
     _figures(kernel, sizes, blocks)(
-      op=op.name, spec=spec_name, dtype=dtype, direction=direction
+      op=op.name,
+      spec=spec_name,
+      dtype=dtype,
+      direction=direction,
+      batch_factor=batch_factor,
     )
     for kernel in kernels
   ]
@@ -121,12 +138,6 @@ def on_h100() -> contextlib.AbstractContextManager[Any]:
   """Makes `dispatch.target_device()` an H100 that is not there."""
   mesh = AbstractMesh((1,), ("device",), abstract_device=DEVICE)
   return jax.sharding.use_abstract_mesh(mesh)
-
-
-def shapes(op: bench_ops.Op, spec_name: str, dtype: str) -> dict[str, Any]:
-  """The arguments of a call, without their values."""
-  make = functools.partial(op.make_arguments, op.specs[spec_name])
-  return jax.eval_shape(functools.partial(make, dtype=jnp.dtype(dtype)))
 
 
 def steps(

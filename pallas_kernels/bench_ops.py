@@ -7,6 +7,7 @@ k d channels.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any, Final
 
 import jax
@@ -38,6 +39,9 @@ FMAS_PER_CYCLE: Final = 128
 FORWARD: Final = "forward"
 GRADIENT: Final = "forward+backward"
 DIRECTIONS: Final = (FORWARD, GRADIENT)
+
+# The arguments whose first dimension is the batch.
+BATCHED: Final = frozenset(("u", "delta", "B", "C", "z", "initial_state"))
 
 # Per token, channel and state, the multiplications and additions, fused where
 # they can be. Forward: delta A, exp(delta A) h, h and y. Backward: the first
@@ -90,12 +94,16 @@ class Work:
   exponentials: int
   fmas: int
 
-  @property
-  def floor_seconds(self) -> float:
+  def floor_seconds(
+    self,
+    *,
+    bytes_per_second: float = BYTES_PER_SECOND,
+    clock_hz: float = CLOCK_HZ,
+  ) -> float:
     """The time that an H100 needs at the least."""
-    cycles = MULTIPROCESSORS * CLOCK_HZ
+    cycles = MULTIPROCESSORS * clock_hz
     return max(
-      self.bytes / BYTES_PER_SECOND,
+      self.bytes / bytes_per_second,
       self.exponentials / (EXPONENTIALS_PER_CYCLE * cycles),
       self.fmas / (FMAS_PER_CYCLE * cycles),
     )
@@ -186,6 +194,42 @@ def program(
     return y, back(y)
 
   return forward if direction == FORWARD else both
+
+
+def enlarged(spec: Any, batch_factor: int) -> Any:
+  """A call with so many times the batch."""
+  return dataclasses.replace(spec, b=spec.b * batch_factor)
+
+
+def argument_shapes(
+  op: Op, spec: Any, dtype: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arguments of a call, without their values."""
+  # Values are made on the way: of one row only.
+  one = dataclasses.replace(spec, b=1)
+  make = functools.partial(op.make_arguments, one, dtype=dtype)
+  return {
+    name: jax.ShapeDtypeStruct((spec.b, *x.shape[1:]), x.dtype)
+    if name in BATCHED
+    else x
+    for name, x in jax.eval_shape(make).items()
+  }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def random_arguments(op_name: str, spec: Any, dtype: str) -> dict[str, Any]:
+  """What `make_arguments` makes, made on the device: other random numbers."""
+  shapes = argument_shapes(OPS[op_name], spec, jnp.dtype(dtype))
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  arrays = {}
+  for key, (name, shape) in zip(keys, shapes.items(), strict=True):
+    values = jax.random.normal(key, shape.shape)
+    if name == "A":
+      values = -jnp.exp(values)
+    if name == "delta_bias":
+      values = values - 3
+    arrays[name] = values.astype(shape.dtype)
+  return arrays
 
 
 def _scan_sizes(spec: arg_specs.ArgSpec) -> Sizes:

@@ -1,6 +1,6 @@
 """Timing of programs on a device that runs them asynchronously."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import pathlib
 import tempfile
@@ -78,40 +78,57 @@ def measure(
   once = round_of(len(rotation)) / len(rotation)
   launches = max(len(rotation), int(round_seconds / max(once, 1e-7)))
   times = [1e6 * round_of(launches) / launches for _ in range(rounds)]
-  low, median, high = (float(x) for x in np.percentile(times, (25, 50, 75)))
-  return Timing(
-    median_us=median,
-    quartiles_us=(low, high),
-    launches=launches,
-    rounds=rounds,
-  )
+  return _timing(times, launches=launches)
 
 
-def device_times(
-  call: Callable[[Any], Any], rotation: Sequence[Any]
-) -> dict[str, float]:
-  """Microseconds of a call on the device, by kernel, from JAX's profiler.
+def profile(
+  call: Callable[[Any], Any],
+  rotation: Sequence[Any],
+  *,
+  calls: int = 32,
+  warm_up: int = 0,
+) -> tuple[Timing, dict[str, float]]:
+  """What calls cost the device, from JAX's profiler: the sum of its kernels.
+
+  Args:
+    call: A compiled function; every call of it runs the same kernels.
+    rotation: Arguments, in turn.
+    calls: How many calls to look at.
+    warm_up: How many to run before these.
+
+  Returns:
+    The time of a call, and the median time of each kernel in it, slowest first,
+    in microseconds. If the kernels cannot be told apart by calls, the time is
+    an average, that of one round.
 
   Raises:
     RuntimeError: The profiler saw no kernel on a GPU.
   """
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = options.host_tracer_level = 0
+  launches = warm_up + calls
   with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      jax.block_until_ready([call(inputs) for inputs in rotation])
-    totals: dict[str, float] = {}
+    with jax.profiler.trace(folder, profiler_options=options):
+      out = None
+      for i in range(launches):
+        out = call(rotation[i % len(rotation)])
+      jax.block_until_ready(out)
+    events = []
     for path in pathlib.Path(folder).rglob("*.xplane.pb"):
       data = jax.profiler.ProfileData.from_file(str(path))
-      for name, nanoseconds in _kernel_events(data):
-        totals[name] = totals.get(name, 0.0) + nanoseconds
-  if not totals:
+      events += _kernel_events(data)
+  if not events:
     raise RuntimeError("the profiler saw no kernel on a GPU")
-  return _per_call(totals, len(rotation))
+  return _by_call(sorted(events), launches, calls)
 
 
-def _kernel_events(data: Any) -> list[tuple[str, float]]:
-  """Name and duration of what ran on the streams of a GPU."""
+_Event = tuple[float, str, float]
+
+
+def _kernel_events(data: Any) -> list[_Event]:
+  """Start, name and duration in ns of what ran on the streams of a GPU."""
   return [
-    (event.name, event.duration_ns)
+    (event.start_ns, event.name, event.duration_ns)
     for plane in data.planes
     if plane.name.startswith("/device:GPU")
     for line in plane.lines
@@ -120,6 +137,36 @@ def _kernel_events(data: Any) -> list[tuple[str, float]]:
   ]
 
 
-def _per_call(totals: Mapping[str, float], calls: int) -> dict[str, float]:
-  slowest_first = sorted(totals.items(), key=lambda item: -item[1])
-  return {name: 1e-3 * total / calls for name, total in slowest_first}
+def _by_call(
+  events: Sequence[_Event], launches: int, calls: int
+) -> tuple[Timing, dict[str, float]]:
+  """What `profile` returns, from the events of all launches in order."""
+  each, rest = divmod(len(events), launches)
+  if rest:  # Not the same for every call.
+    groups, share = [events], 1e-3 / launches
+  else:
+    groups = [
+      events[i * each : (i + 1) * each]
+      for i in range(launches - calls, launches)
+    ]
+    share = 1e-3
+  times: dict[str, list[float]] = {}
+  for i, group in enumerate(groups):
+    for _, name, duration in group:
+      times.setdefault(name, [0.0] * len(groups))[i] += share * duration
+  kernels = {name: float(np.median(x)) for name, x in times.items()}
+  slowest_first = sorted(kernels.items(), key=lambda item: -item[1])
+  totals = np.sum([*times.values()], axis=0)
+  return _timing(totals, launches=1 if not rest else launches), dict(
+    slowest_first
+  )
+
+
+def _timing(times: Any, *, launches: int) -> Timing:
+  low, median, high = (float(x) for x in np.percentile(times, (25, 50, 75)))
+  return Timing(
+    median_us=median,
+    quartiles_us=(low, high),
+    launches=launches,
+    rounds=len(times),
+  )

@@ -1,12 +1,13 @@
 """One run on a GPU that answers what could not be known without one.
 
-First whether the kernels compute what the definition says, the same at every
-run and all of it; then how long they take, beside what bounds them. Steps run
-in order of importance until the time is up, and the results are written after
-each of them, so that little is lost if the run is cut short.
+Whether the kernels compute what the definition says, the same at every run and
+all of it; how long they take, beside what bounds them and beside others. Steps
+run in order of importance, in another process that may hang or die, until the
+time is up. The results are written after each of them, and a later run goes on
+from there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -18,43 +19,25 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import (
+  bench_child,
   bench_compare,
   bench_ops,
   bench_timing,
   gpu_suite_checks,
-  gpu_suite_peers,
+  gpu_suite_report,
   gpu_suite_timings,
 )
 from pallas_kernels.selective_scan import arg_specs, arguments
 
 Calls = Sequence[tuple[bench_ops.Op, str]]
+Execute = Callable[..., Any]
 
-# Of an operation with many calls so many are checked and timed, at the most.
-_MOST_CALLS: Final = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """What a run may cost.
-
-  Attributes:
-    seconds: No step begins later than this.
-    check_share: No check begins later than this part of `seconds` while there
-      is something to time; those left are run at the end.
-    rotation_bytes: Size of the inputs that a timing goes through.
-    copy_bytes: Size of the array whose copy measures the bandwidth.
-    rounds: Rounds of a timing.
-    round_seconds: What a round should take.
-    larger: Factor of the batch in the timings of a full device.
-  """
-
-  seconds: float = 440.0
-  check_share: float = 0.5
-  rotation_bytes: int = bench_timing.ROTATION_BYTES
-  copy_bytes: int = 2**30
-  rounds: int = 10
-  round_seconds: float = 0.03
-  larger: int = 16
+# Calls with such names come first, in this order.
+_IMPORTANT: Final = ("vim_", "vmamba_tiny_s1l8", "mambavision_")
+_DTYPES: Final = ("bfloat16", "float32")
+_LATE: Final = "the time was up"
+_BANDWIDTH: Final = "bandwidth of a copy"
+_START_SECONDS: Final = 120  # For the device, too, to start.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,13 +46,15 @@ class Step:
 
   Attributes:
     name: What it does, and on what.
-    run: Does it; returns what is to be written down. "failures", if there are
-      any in it, are sentences.
-    is_check: Whether it is one of correctness.
+    function: Does it; returns what is to be written down. "failures", if there
+      are any in it, are sentences.
+    arguments: Its arguments. They and the function can be pickled.
+    is_check: Whether it must pass for the run to pass.
   """
 
   name: str
-  run: Callable[[], dict[str, Any]]
+  function: Callable[..., dict[str, Any]]
+  arguments: tuple[Any, ...] = ()
   is_check: bool = False
 
 
@@ -87,12 +72,32 @@ def why_no_gpu() -> str | None:
   return op.implementations["mosaic_gpu"].why_not(normal, options)
 
 
+def run_on_gpu(calls: Calls, path: pathlib.Path | None) -> dict[str, Any] | str:
+  """`run` with all steps in another process; or why there is no GPU.
+
+  This process never touches the device, whose memory the other one takes.
+  """
+  with bench_child.Child() as child:
+    if reason := child.run(why_no_gpu, seconds=_START_SECONDS):
+      return reason
+    facts = child.run(bench_compare.environment, seconds=_START_SECONDS)
+    return run(
+      calls,
+      implementation="mosaic_gpu",
+      environment=facts,
+      execute=child.run,
+      path=path,
+    )
+
+
 def run(
   calls: Calls,
   *,
   implementation: str,
+  environment: Mapping[str, str],
+  execute: Execute,
   path: pathlib.Path | None = None,
-  settings: Settings | None = None,
+  settings: gpu_suite_timings.Settings | None = None,
   clock: bench_timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
   """Runs the suite.
@@ -100,7 +105,11 @@ def run(
   Args:
     calls: Operations and names of their calls.
     implementation: What to check and to time.
-    path: Where to write the results; None for nowhere.
+    environment: What the results depend on beside the code.
+    execute: Calls a function, its first argument, with the others, in at most
+      `seconds`; may raise `bench_child.ChildError`.
+    path: Where to write the results; None for nowhere. What is there already,
+      of the same environment, is not run again.
     settings: What the run may cost.
     clock: Seconds since any moment.
 
@@ -108,31 +117,30 @@ def run(
     The results: "environment", "settings", "steps", what is "running", whether
     all checks "passed", and whether the time was enough, "complete".
   """
-  settings = settings or Settings()
+  settings = settings or gpu_suite_timings.Settings()
   results: dict[str, Any] = {
-    "environment": bench_compare.environment(),
+    "environment": dict(environment),
     "implementation": implementation,
     "settings": dataclasses.asdict(settings),
     "running": None,
     "passed": False,
     "complete": False,
-    "steps": [],
+    "steps": _steps_done(path, environment),
   }
-  print("  ".join(f"{k} {v}" for k, v in results["environment"].items()))
+  print("  ".join(f"{k} {v}" for k, v in environment.items()))
+  done = {row["name"] for row in results["steps"]}
   start = clock()
-  for step in _in_time(
-    list(_steps(calls, implementation, settings, results)),
-    settings,
-    lambda: clock() - start,
-  ):
-    # Should it hang, the file says in what.
+  for step in _steps(calls, implementation, settings):
+    if step.name in done:
+      continue
+    # Should all of this be killed, the file says in what.
     results["running"] = step.name
     _write(path, results)
     began = clock()
     if began - start > settings.seconds:
-      row = {"status": "skipped", "reason": "the time was up"}
+      row = {"status": "skipped", "reason": _LATE}
     else:
-      row = _run_step(step)
+      row = _run_step(step, execute, settings)
     row = {
       "name": step.name,
       "check": step.is_check,
@@ -144,48 +152,64 @@ def run(
     _summarise(results)
     _write(path, results)
   results["running"] = None
+  _summarise(results)
   _write(path, results)
+  print(f"\n{gpu_suite_report.table(results)}")
+  print(f"\n{gpu_suite_report.targets(results)}")
   verdict = "passed" if results["passed"] else "FAILED"
-  done = "" if results["complete"] else ", not all of it run"
-  print(f"\n{verdict}{done} in {clock() - start:.0f} s", flush=True)
+  late = "" if results["complete"] else ", not all of it run"
+  print(f"\n{verdict}{late} in {clock() - start:.0f} s", flush=True)
   return results
 
 
-def _in_time(
-  steps: list[Step], settings: Settings, elapsed: Callable[[], float]
-) -> Iterator[Step]:
-  """The steps in order; checks that would come too late at the end."""
-  late = []
-  for step in steps:
-    if step.is_check and elapsed() > settings.check_share * settings.seconds:
-      late.append(step)
-    else:
-      yield step
-  yield from late
+def _steps_done(
+  path: pathlib.Path | None, environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
+  """What a run before has found; its file is put aside if it is of no use.
 
-
-def _run_step(step: Step) -> dict[str, Any]:
+  Every run measures the bandwidth, beside which its timings stand.
+  """
+  if path is None or not path.exists():
+    return []
+  constant = lambda facts: {k: v for k, v in facts.items() if k != "date"}
   try:
-    found = step.run()
-  except gpu_suite_peers.SkipError as error:
-    return {"status": "skipped", "reason": str(error)}
-  # Whatever goes wrong, the steps after this one still tell something.
-  except Exception as error:
-    return {"status": "error", "reason": f"{type(error).__name__}: {error}"}
+    before = json.loads(path.read_text())
+    is_same = constant(before["environment"]) == constant(environment)
+    steps = [x for x in before["steps"] if x.get("reason") != _LATE]
+  except (ValueError, KeyError, TypeError, AttributeError):
+    is_same, steps = False, []
+  if is_same:
+    return [
+      row | {"name": f"{_BANDWIDTH}, before"}
+      if row["name"] == _BANDWIDTH
+      else row
+      for row in steps
+    ]
+  aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+  path.replace(aside)
+  print(f"{path} is of other code or another device: now {aside}")
+  return []
+
+
+def _run_step(
+  step: Step, execute: Execute, settings: gpu_suite_timings.Settings
+) -> dict[str, Any]:
+  try:
+    found = execute(
+      step.function, *step.arguments, seconds=settings.step_seconds
+    )
+  except bench_child.ChildError as error:
+    return {"status": "error", "reason": str(error)}
   return {"status": "failed" if found.get("failures") else "passed", **found}
 
 
 def _summarise(results: dict[str, Any]) -> None:
   checks = [row for row in results["steps"] if row["check"]]
-  bad = ("failed", "error")
-  results["passed"] = (
-    any(row["status"] == "passed" for row in checks)
-    and not any(row["status"] in bad for row in results["steps"])
-    and not any(row["status"] == "skipped" for row in checks)
+  results["passed"] = bool(checks) and all(
+    row["status"] == "passed" for row in checks
   )
-  late = "the time was up"
   results["complete"] = not any(
-    row.get("reason") == late for row in results["steps"]
+    row.get("reason") == _LATE for row in results["steps"]
   )
 
 
@@ -198,64 +222,62 @@ def _write(path: pathlib.Path | None, results: dict[str, Any]) -> None:
   temporary.replace(path)
 
 
-def _print_step(row: dict[str, Any]) -> None:
-  shown = ("name", "status", "check", "seconds")
-  print(f"{row['status']:8}{row['seconds']:7.1f} s  {row['name']}")
-  for name, value in row.items():
-    if name not in shown and value not in ([], {}):
-      print(f"{'':19}{name}: {value}", flush=True)
+def _print_step(row: Mapping[str, Any]) -> None:
+  print(f"{row['status']:8}{row['seconds']:7.1f} s  {row['name']}", flush=True)
+  for name in ("reason", "errors", "failures"):
+    if value := row.get(name):
+      print(f"{'':19}{name}: {str(value)[:1000]}", flush=True)
 
 
 def _steps(
-  calls: Calls, implementation: str, settings: Settings, results: Any
+  calls: Calls, implementation: str, settings: gpu_suite_timings.Settings
 ) -> Iterator[Step]:
   """All steps, the most important ones first."""
-  chosen: list[tuple[bench_ops.Op, str]] = []
-  for op in {op.name: op for op, _ in calls}.values():
-    chosen += [(op, x) for x in _some([name for o, name in calls if o is op])]
-  cases = list(gpu_suite_checks.cases(chosen))
-  for case in cases:
-    yield Step(
-      name=f"check {case.name}",
-      run=functools.partial(gpu_suite_checks.check, case, implementation),
-      is_check=True,
-    )
-
-  copy_rate = functools.partial(gpu_suite_timings.copy_bandwidth, settings)
-  yield Step(name="bandwidth of a copy", run=copy_rate)
-
-  def timing(op, call, dtype, larger, contender):
-    return functools.partial(
-      gpu_suite_timings.time_call,
-      op,
-      call,
-      dtype=dtype,
-      batch_factor=larger,
-      implementation=contender,
-      profile=contender == implementation and dtype == "bfloat16",
-      settings=settings,
-      steps=results["steps"],
-    )
-
-  for dtype, larger, contender in (
-    ("bfloat16", 1, implementation),
-    ("bfloat16", settings.larger, implementation),
-    ("bfloat16", settings.larger, gpu_suite_timings.PEER),
-    ("bfloat16", 1, "xla_associative"),
-    ("bfloat16", 1, gpu_suite_timings.PEER),
-    ("float32", settings.larger, implementation),
-  ):
-    for op, name in chosen:
-      yield Step(
-        name=f"time {op.name} {name} {dtype} batch x{larger} {contender}",
-        run=timing(op, name, dtype, larger, contender),
-      )
+  yield Step(
+    name=_BANDWIDTH,
+    function=gpu_suite_timings.copy_bandwidth,
+    arguments=(settings,),
+  )
+  important = [
+    call for x in _IMPORTANT for call in calls if call[1].startswith(x)
+  ]
+  others = [call for call in calls if call not in important]
+  has_scan = any(op.name == "selective_scan" for op, _ in calls)
+  for group in (important, others):
+    for dtype in _DTYPES:
+      cases = [*gpu_suite_checks.of_models(group, dtype)]
+      if has_scan and group is important:
+        cases += gpu_suite_checks.awkward(dtype)
+      for case in cases:
+        yield Step(
+          name=case.name,
+          function=gpu_suite_checks.check,
+          arguments=(case, implementation),
+          is_check=True,
+        )
+      yield from _timings(group, dtype, implementation, settings)
 
 
-def _some(names: Sequence[str]) -> Sequence[str]:
-  """At most `_MOST_CALLS` of them, spread out.
-
-  With an odd stride: models have four stages, and each should come up.
-  """
-  stride = -(-len(names) // _MOST_CALLS)
-  return names[:: stride + (stride > 1 and stride % 2 == 0)]
+def _timings(
+  calls: Calls,
+  dtype: str,
+  implementation: str,
+  settings: gpu_suite_timings.Settings,
+) -> Iterator[Step]:
+  for op, name in calls:
+    for factor in (settings.larger, 1):
+      for contender in (implementation, "xla_associative"):
+        job = gpu_suite_timings.Job(
+          op=op.name,
+          call=name,
+          dtype=dtype,
+          batch_factor=factor,
+          implementation=contender,
+          is_checked=contender == implementation,
+        )
+        yield Step(
+          name=f"time {op.name} {name} {dtype} batch x{factor} {contender}",
+          function=gpu_suite_timings.time_call,
+          arguments=(job, settings),
+          is_check=job.is_checked,
+        )

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import bench_checks, bench_ops
 from pallas_kernels.selective_scan import arg_specs
@@ -21,6 +20,16 @@ _STATE: Final = (*_REVERSE, ("return_final_state", True))
 _AWKWARD: Final = {
   "groups of 96": (
     arg_specs.ArgSpec(b=2, l=197, d=288, n=16, g=3, gate=True, source=""),
+    _STATE,
+  ),
+  # A single pass, with more blocks than fit on the device at a time, each of
+  # which goes many times through its slots in shared memory.
+  "many long rows": (
+    arg_specs.ArgSpec(b=272, l=205, d=200, n=16, gate=True, source=""),
+    _STATE,
+  ),
+  "many long rows, one state": (
+    arg_specs.ArgSpec(b=272, l=405, d=272, n=1, g=2, source=""),
     _STATE,
   ),
   "groups of 49": (
@@ -50,8 +59,10 @@ _AWKWARD: Final = {
 }
 
 _BATCH: Final = 2  # Of the calls of models, to save time.
-_REPEATS: Final = 3
-_POISON_BYTES: Final = 2**28
+
+# Calls with more tokens times channels are compared on the device.
+_MOST_STEPS: Final = 10_000_000
+_ROWS: Final = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,94 +71,81 @@ class Case:
 
   Attributes:
     name: For the results.
-    op: The operation.
+    op: The operation's name.
     spec: Its sizes, one of the operation's `ArgSpec`s.
     dtype: That of the sequences.
     options: Keyword arguments of the operation, by name.
   """
 
   name: str
-  op: bench_ops.Op
+  op: str
   spec: Any
   dtype: str
   options: tuple[tuple[str, Any], ...] = _SOFTPLUS
 
 
-def cases(calls: Sequence[tuple[bench_ops.Op, str]]) -> Iterator[Case]:
-  """The checks for these calls, the most important ones first."""
-  seen = set()
-  for dtype in ("bfloat16", "float32"):
-    for op, name in calls:
-      spec = op.specs[name]
-      spec = dataclasses.replace(spec, b=min(spec.b, _BATCH), source="")
-      if (op.name, spec, dtype) in seen:
-        continue
-      seen.add((op.name, spec, dtype))
-      yield Case(
-        name=f"{op.name} {name} {dtype}", op=op, spec=spec, dtype=dtype
-      )
-    if any(op.name == "selective_scan" for op, _ in calls):
-      op = bench_ops.OPS["selective_scan"]
-      for name, (spec, options) in _AWKWARD.items():
-        yield Case(
-          name=f"{op.name} {name} {dtype}",
-          op=op,
-          spec=spec,
-          dtype=dtype,
-          options=options,
-        )
+def of_models(
+  calls: Sequence[tuple[bench_ops.Op, str]], dtype: str
+) -> Iterator[Case]:
+  """The checks of these calls."""
+  for op, name in calls:
+    spec = op.specs[name]
+    yield Case(
+      name=f"check {op.name} {name} {dtype}",
+      op=op.name,
+      spec=dataclasses.replace(spec, b=min(spec.b, _BATCH)),
+      dtype=dtype,
+    )
+
+
+def awkward(dtype: str) -> Iterator[Case]:
+  """The checks of calls of the selective scan that no model makes."""
+  for name, (spec, options) in _AWKWARD.items():
+    yield Case(
+      name=f"check selective_scan {name} {dtype}",
+      op="selective_scan",
+      spec=spec,
+      dtype=dtype,
+      options=options,
+    )
 
 
 def check(case: Case, implementation: str) -> dict[str, Any]:
   """Compares with the definition, and runs with one another.
 
-  The results go where arrays of zeros were in one run and arrays of NaN in the
-  others: what a kernel leaves unwritten shows as a difference. Memory that
-  kernels use between is filled with NaN, too.
-
   Returns:
     The errors by result, relative to the largest magnitude, and the failures.
   """
+  op = bench_ops.OPS[case.op]
   options = dict(case.options)
-  arrays = case.op.make_arguments(case.spec, dtype=jnp.dtype(case.dtype))
+  sizes = op.sizes(case.spec)
+  is_large = sizes.steps > _MOST_STEPS
+  if is_large:
+    arrays = bench_ops.random_arguments(case.op, case.spec, case.dtype)
+  else:
+    arrays = op.make_arguments(case.spec, dtype=jnp.dtype(case.dtype))
   if "return_final_state" in options:
-    spec = case.spec
-    rng = np.random.default_rng(2)
-    state = rng.standard_normal((spec.b, spec.d, spec.n))
-    arrays["initial_state"] = jnp.asarray(state, jnp.float32)
+    shape = (sizes.b, sizes.d, sizes.n)
+    arrays["initial_state"] = jax.random.normal(jax.random.key(2), shape)
   function = functools.partial(
-    case.op.function, **options, implementation=implementation
+    op.function, **options, implementation=implementation
   )
   dy = bench_checks.cotangents(function, arrays)
-  program = bench_checks.both_ways(function)
+  program = jax.jit(bench_checks.both_ways(function))
   shapes: Any = jax.eval_shape(program, arrays, dy)
+  got, failures = bench_checks.repeat(
+    bench_checks.into_buffers(program), shapes, arrays, dy
+  )
+  if is_large:
+    errors = bench_checks.on_device(op, options, arrays, dy, got, rows=_ROWS)
+    failures += bench_checks.too_large(errors, got)
+  else:
+    want = bench_checks.expected(op, options, arrays, dy)
+    errors, more = bench_checks.compare(got, want)
+    failures += more
+  return {"errors": as_text(errors), "failures": failures}
 
-  def into(buffers, arrays, dy):
-    del buffers  # Their memory is that of the results.
-    return program(arrays, dy)
 
-  compiled = jax.jit(into, donate_argnums=0, keep_unused=True)
-
-  def run(value: float) -> dict[str, np.ndarray]:
-    poison = jnp.full((_POISON_BYTES // 4,), value, jnp.float32)
-    buffers = jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
-    jax.block_until_ready((poison, buffers))
-    del poison
-    results: dict[str, Any] = compiled(buffers, arrays, dy)
-    return {name: np.asarray(x) for name, x in results.items()}
-
-  first = run(0.0)
-  want = bench_checks.expected(case.op, options, arrays, dy)
-  errors, failures = bench_checks.compare(first, want)
-  for _ in range(_REPEATS):
-    again = run(np.nan)
-    failures += [
-      f"{name}: differs from run to run, or is not fully written"
-      for name, x in first.items()
-      if x.tobytes() != again[name].tobytes()
-    ]
-  return {
-    # As text: JSON has no infinity.
-    "errors": {name: f"{error:.2g}" for name, error in errors.items()},
-    "failures": sorted(set(failures)),
-  }
+def as_text(errors: dict[str, float]) -> dict[str, str]:
+  """JSON has no infinity."""
+  return {name: f"{error:.2g}" for name, error in errors.items()}

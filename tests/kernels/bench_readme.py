@@ -4,7 +4,9 @@
 
 Each stands between `<!-- NAME... -->` and `<!-- end of NAME -->`. What was
 compiled is read from what `python -m pallas_kernels.bench --compiled OP --json
-experiments/results/OP_compiled.json` wrote.
+experiments/results/OP_compiled.json` wrote; what was measured on a GPU from
+what `python -m pallas_kernels.bench --suite gpu --json
+pallas_kernels/results/gpu_suite.json` wrote, if it did.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pathlib
 import re
 from typing import Any
 
-from pallas_kernels import bench_compiled, bench_ops
+from pallas_kernels import bench_compiled, bench_ops, gpu_suite_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = ROOT / "pallas_kernels" / "README.md"
@@ -78,7 +80,7 @@ def work() -> str:
         [f"{cost.bytes / 1e6:,.1f}" for cost in costs],
         [f"{cost.exponentials / 1e6:,.1f}" for cost in costs],
         [f"{cost.fmas / 1e6:,.0f}" for cost in costs],
-        [f"{1e6 * cost.floor_seconds:,.1f}" for cost in costs],
+        [f"{1e6 * cost.floor_seconds():,.1f}" for cost in costs],
         ["-" if x is None else f"{x:,.1f}" for x in predicted],
       ]
       cells = [f"`{name}`", op.describe(spec), *map(" / ".join, columns)]
@@ -182,7 +184,39 @@ def _missing(kernels: list[bench_compiled.Figures], unit: str) -> Iterator[str]:
     yield f"{what}: {' or '.join(found)}"
 
 
+_NOTHING = "No GPU figure has been measured yet."
+
+
+def _measured() -> Any:
+  """What the GPU suite found; None if it has not run on a GPU."""
+  path = gpu_suite_report.RESULTS
+  return json.loads(path.read_text()) if path.is_file() else None
+
+
+def gpu_suite() -> str:
+  """One row per call, dtype and batch that was timed on a GPU."""
+  found = _measured()
+  if found is None:
+    return _NOTHING
+  facts = found["environment"]
+  verdict = "passed" if found["passed"] else "did not pass"
+  rest = "" if found["complete"] else "; not all steps were run"
+  return (
+    f"{gpu_suite_report.table(found)}\n\nOn {facts['device']}, driver "
+    f"{facts.get('driver', 'unknown')}, jax {facts['jax']}, commit "
+    f"{facts['commit']}, {facts['date'][:10]}. The checks {verdict}{rest}."
+  )
+
+
+def gpu_targets() -> str:
+  """Whether each target for times is met."""
+  found = _measured()
+  return _NOTHING if found is None else gpu_suite_report.targets(found)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+  "gpu_suite": gpu_suite,
+  "gpu_targets": gpu_targets,
   "work": work,
   "compiled": compiled,
   "targets": targets,

@@ -81,8 +81,7 @@ def test_every_command_is_understood():
     bench._parser().parse_args(command.split())
 
 
-def test_that_nothing_is_measured_is_said_until_it_is():
-  assert "No GPU figure has been measured yet" in TEXT
+def test_predictions_are_called_that():
   assert "Predicted, not measured on a GPU" in TEXT
 
 

@@ -96,6 +96,8 @@ def test_command_line_prints_a_table_and_writes_json(
     (["convolution"], "invalid choice: 'convolution'"),
     (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
     (["--dtype", "bfloat16"], "--dtype goes with --compiled only"),
+    (["--batch-factor", "2"], "goes with --compiled or --tune only"),
+    (["--compiled", "--batch-factor", "0"], "must be at least 1, got 0"),
     (["cross_selective_scan", "--tune"], "with --compiled or --suite"),
     (["--tune", "--compiled"], "not allowed with argument"),
     (["--tune", "--json", "x.json"], "--tune writes the table beside"),
@@ -193,11 +195,9 @@ def test_an_image_scanned_four_ways_is_read_once():
 
 def test_the_floor_is_set_by_the_slowest_unit():
   cycles = 132 * 1.755e9
-  work = lambda **given: (
-    bench_ops.Work(
-      **({"bytes": 0, "exponentials": 0, "fmas": 0} | given)
-    ).floor_seconds
-  )
+  work = lambda **given: bench_ops.Work(
+    **({"bytes": 0, "exponentials": 0, "fmas": 0} | given)
+  ).floor_seconds()
   assert work(bytes=3 * 10**12) == 1.0
   assert work(exponentials=16) == pytest.approx(1 / cycles)
   assert work(fmas=128, exponentials=15) == pytest.approx(1 / cycles)
@@ -232,20 +232,63 @@ def test_a_rotation_is_larger_than_the_cache():
   assert len(bench_timing.copies(arrays, rotation_bytes=1)) == 2
 
 
-def test_profiles_are_read_by_kernel():
-  event = collections.namedtuple("event", "name duration_ns")
+def test_the_measured_bandwidth_and_clock_set_the_floor():
+  work = bench_ops.Work(bytes=10**9, exponentials=16 * 132, fmas=0)
+  assert work.floor_seconds(bytes_per_second=1e12) == 1e-3
+  slow = work.floor_seconds(bytes_per_second=1e15, clock_hz=1e3)
+  assert slow == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("op", bench_ops.OPS.values(), ids=bench_ops.OPS)
+def test_arguments_made_on_the_device_are_like_the_others(op):
+  spec = dataclasses.replace([*op.specs.values()][-1], b=3)
+  shapes = bench_ops.argument_shapes(op, spec, jnp.dtype("bfloat16"))
+  want = op.make_arguments(spec, dtype=jnp.bfloat16)
+  describe = lambda arrays: {k: (x.shape, x.dtype) for k, x in arrays.items()}
+  assert describe(shapes) == describe(want)
+  got = bench_ops.random_arguments(op.name, spec, "bfloat16")
+  assert describe(got) == describe(want)
+  assert (got["A"] < 0).all()
+  assert abs(got["delta_bias"].mean() + 3) < 1
+  assert len({float(x.ravel()[0]) for x in got.values()}) == len(got)
+
+
+def _trace(*events):
+  """What the profiler returns; events are (start, name, duration)."""
+  event = collections.namedtuple("event", "start_ns name duration_ns")
   line = collections.namedtuple("line", "name events")
   plane = collections.namedtuple("plane", "name lines")
-  stream = line("Stream #7", [event("scan", 4e3), event("pad", 1e3)])
-  data = collections.namedtuple("data", "planes")(
-    [
-      plane("/host:CPU", [stream]),
-      plane("/device:GPU:0", [stream, line("XLA Ops", [event("scan", 1e9)])]),
-    ]
+  stream = line("Stream #7", [event(*x) for x in events])
+  other = line("XLA Ops", [event(0, "scan", 1e9)])
+  return collections.namedtuple("data", "planes")(
+    [plane("/host:CPU", [stream]), plane("/device:GPU:0", [stream, other])]
   )
-  events = bench_timing._kernel_events(data)
-  assert events == [("scan", 4e3), ("pad", 1e3)]
-  assert bench_timing._per_call(dict(events), 2) == {"scan": 2.0, "pad": 0.5}
+
+
+def test_profiles_are_read_call_by_call():
+  events = bench_timing._kernel_events(
+    _trace(
+      *((10 * i, "scan", 1e3 * i) for i in range(1, 5)),
+      *((10 * i + 1, "pad", 500) for i in range(1, 5)),
+    )
+  )
+  assert len(events) == 8
+  timing, kernels = bench_timing._by_call(sorted(events), launches=4, calls=3)
+  assert kernels == {"scan": 3.0, "pad": 0.5}  # The first one warms up.
+  assert timing.median_us == 3.5
+  assert timing.quartiles_us == (3.0, 4.0)
+  assert (timing.launches, timing.rounds) == (1, 3)
+
+
+def test_profiles_that_cannot_be_told_apart_by_calls_are_averages():
+  events = [(1, "scan", 2e3), (2, "scan", 4e3), (3, "pad", 1e3)]
+  timing, kernels = bench_timing._by_call(events, launches=2, calls=2)
+  assert kernels == {"scan": 3.0, "pad": 0.5}
+  assert timing.median_us == 3.5
+  assert (timing.launches, timing.rounds) == (2, 1)
+
+
+def test_without_a_gpu_there_is_no_profile():
   call = jax.jit(lambda x: x + 1)
   with pytest.raises(RuntimeError, match="saw no kernel on a GPU"):
-    bench_timing.device_times(call, [jnp.zeros(3)])
+    bench_timing.profile(call, [jnp.zeros(3)])

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import bench_compiled, bench_ops, compiled, compiled_sass
@@ -263,13 +264,12 @@ def test_what_has_to_be_installed_is_said(monkeypatch):
 
 def test_lowered_kernels_say_how_they_start():
   op = bench_ops.OPS["selective_scan"]
-  name = "mambavision_tiny_stage3"
+  spec = op.specs["mambavision_tiny_stage3"]
   with bench_compiled.on_h100():
     found = compiled.lowered_kernels(
       bench_ops.program(op, bench_ops.FORWARD, "mosaic_gpu"),
-      bench_compiled.shapes(op, name, "bfloat16"),
+      bench_ops.argument_shapes(op, spec, jnp.dtype("bfloat16")),
     )
-  spec = op.specs[name]
   launch, code = found[-1]
   assert launch.name == "selective_scan"
   assert launch.threads == 128

@@ -130,7 +130,9 @@ def test_equals_the_definition(implementation, sizes, absent, softplus):
     arrays["delta"] = np.abs(arrays["delta"])
   got = _scan(arrays, implementation, softplus)
   assert got.dtype == jnp.float32
-  _assert_close(got, _by_hand(**arrays, softplus=softplus), 1e-6)
+  # On a GPU exponentials are approximations, the softplus good to 3e-6.
+  close = 1e-5 if implementation == "mosaic_gpu" else 1e-6
+  _assert_close(got, _by_hand(**arrays, softplus=softplus), close)
 
 
 @functools.cache
