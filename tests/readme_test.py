@@ -209,7 +209,13 @@ def test_export_to_onnx(folder):
   assert (logits == 0).all()
 
 
-@pytest.mark.parametrize("name", ["models", "digits", "bench", "throughput"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("models", "digits", "bench"),
+    *("throughput", "throughput_gpu", "model_memory"),
+  ],
+)
 def test_generated_parts_are_current(name):
   file, generate = readme_tables.PARTS[name]
   assert file == readme_tables.README

@@ -23,16 +23,14 @@ import os
 import pathlib
 import sys
 import time
-from typing import Final, get_args
+from typing import get_args
 
 import jax
 
-from experiments.throughput import cases, measure, report
+from experiments.throughput import cases, measure, report, targets
 from pallas_kernels import bench_compare
 import vimjax
 from vimjax import command_line, optional
-
-_MEMORY_FRACTION: Final = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if args.cache:
     jax.config.update("jax_compilation_cache_dir", str(args.cache))
   # JAX's own default is 0.75. Read when the device is first used: now.
-  os.environ.setdefault(_MEMORY_FRACTION, "0.92")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
   on_gpu = jax.default_backend() == "gpu"
   if args.flash is None:
     args.flash = on_gpu
@@ -123,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   rows = list(run.rows.values())
   print("\n" + report.markdown(rows))
   print("\n" + report.growth(rows))
+  print("\n" + "\n".join(targets.lines(rows)))
   if run.left_out:
     print(f"\n{run.left_out} cases were left out: the time limit was reached")
   for name in report.plots(rows, args.plots) if args.plots else ():
@@ -146,7 +145,6 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
   facts = bench_compare.environment() | {"cores": str(os.cpu_count())}
   if limit := measure.memory_stats().get("bytes_limit"):
     facts["memory_limit_bytes"] = str(limit)
-    facts["memory_fraction"] = os.environ[_MEMORY_FRACTION]
   if args.cache:
     facts["compilation_cache"] = "used"
   return facts

@@ -11,7 +11,7 @@ nothing of what else is on the device.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import sys
+import textwrap
 from typing import Final
 
 import jax
@@ -33,6 +34,7 @@ _MODELS: Final = ("vim_tiny", "deit_tiny")
 _SIZE: Final = 1248
 _BATCH: Final = 64
 _DEVICE: Final = "NVIDIA H100 80GB HBM3"
+_PLUGIN: Final = "jax-cuda13-plugin"
 _FLOAT32_BYTES: Final = 4
 
 # What the compiler asks of a device, as the driver of an H100 SXM answers.
@@ -98,7 +100,7 @@ def h100() -> jax.sharding.NamedSharding:
   Raises:
     ModuleNotFoundError: JAX's CUDA plugin is not installed.
   """
-  if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+  if importlib.util.find_spec("jax_cuda13_plugin") is None:
     raise ModuleNotFoundError(
       "the CUDA plugin is missing: pip install 'jax[cuda13]'"
     )
@@ -115,14 +117,13 @@ def run(case: cases.Case, sharding: jax.sharding.NamedSharding) -> Row:
   """Compiles a case for the device of a sharding."""
   with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
     program = programs.compile_case(case, sharding)
+  hlo = program.compiled.as_text() or ""
   row = Row(
     case=case,
     argument_bytes=program.argument_bytes,
     temp_bytes=program.temp_bytes,
     peak_bytes=program.peak_bytes,
-    scan_kernels=program.compiled.as_text().count(
-      'custom_call_target="mosaic_gpu'
-    ),
+    scan_kernels=hlo.count('custom_call_target="mosaic_gpu'),
   )
   if case.attention != "materialised":
     return row
@@ -134,28 +135,24 @@ def run(case: cases.Case, sharding: jax.sharding.NamedSharding) -> Row:
   )
 
 
-def text(rows: Sequence[Row], environment: dict[str, str]) -> str:
-  """What the compiler says, in words."""
-  *others, deit = rows
-  case = deit.case
-  lines = [
-    f"Compiled for {environment['device']} and run on none, inference in "
-    f"{case.dtype}, {case.batch} images of {case.size} x {case.size}:"
-  ]
-  for row in others:
-    less = 100 * (1 - row.peak_bytes / deit.peak_bytes)
-    lines.append(
-      f"- {row.case.label} needs {row.peak_bytes / 1e9:.1f} GB, "
-      f"{row.temp_bytes / 1e9:.1f} of them temporary: {less:.1f} % less than"
-    )
+def text(rows: Sequence[Row], environment: Mapping[str, str]) -> str:
+  """What the compiler says, in words, the rows being those of `main`."""
+  vim, deit = rows
   if deit.matrices is None or deit.matrix_bytes is None:
     raise ValueError("the last row has no attention weights in memory")
-  lines.append(
-    f"- {case.label}, {deit.peak_bytes / 1e9:.1f} GB, of which "
-    f"{int(deit.matrices)} copies of the L x L attention weights, "
-    f"{deit.matrix_bytes / 1e9:.1f} GB each, live at once."
+  case = deit.case
+  less = 100 * (1 - vim.peak_bytes / deit.peak_bytes)
+  return textwrap.fill(
+    f"Compiled for an {environment['device']}, run on none: inference in "
+    f"{case.dtype} on {case.batch} images of {case.size} x {case.size} takes "
+    f"{vim.peak_bytes / 1e9:.1f} GB in {vim.case.label}, parameters and images "
+    f"included, {less:.1f} % less than {deit.peak_bytes / 1e9:.1f} GB in "
+    f"{case.label}, whose temporary memory is {deit.matrices:.2f} times the "
+    f"attention weights of a layer, {deit.matrix_bytes / 1e9:.1f} GB: "
+    f"{int(deit.matrices)} such L x L copies live at once (jax "
+    f"{environment['jax']}, {environment['date'][:10]}).",
+    80,
   )
-  return "\n".join(lines)
 
 
 def _cases(size: int, batch: int) -> list[cases.Case]:
@@ -202,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   facts = bench_compare.environment() | {
     "device": _DEVICE,
     "run": "on none: compiled for the device, which was not there",
-    "plugin": importlib.metadata.version("jax-cuda13-plugin"),
+    _PLUGIN: importlib.metadata.version(_PLUGIN),
   }
   rows = [run(case, sharding) for case in _cases(args.size, args.batch)]
   print(text(rows, facts))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -192,19 +193,18 @@ def _profile(step: Callable[[], Any]) -> dict[str, Any]:
   if jax.default_backend() != "gpu":
     return {}
   try:
-    kernels = bench_timing.device_times(
-      lambda _: step(), range(_PROFILED_STEPS)
+    timing, kernels = bench_timing.profile(
+      lambda _: step(), [None], calls=_PROFILED_STEPS
     )
   except Exception as error:  # Only a second look at what is timed already.
     print(f"no profile: {error}", file=sys.stderr)
     return {}
-  total = sum(kernels.values())
   scans = sum(time for name, time in kernels.items() if _SCAN in name)
-  longest = sorted(kernels, key=lambda name: -kernels[name])
+  longest = itertools.islice(kernels.items(), _LONGEST_KERNELS)
   return {
-    "device_us": total,
-    "scan_share": scans / total,
-    "kernels_us": {name: kernels[name] for name in longest[:_LONGEST_KERNELS]},
+    "device_us": timing.median_us,
+    "scan_share": scans / sum(kernels.values()),
+    "kernels_us": dict(longest),
   }
 
 

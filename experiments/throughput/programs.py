@@ -36,7 +36,7 @@ class Program:
   """
 
   case: cases.Case
-  compiled: Callable[..., Any]
+  compiled: jax.stages.Compiled
   variables: Any
   num_classes: int
   compile_s: float

@@ -32,7 +32,17 @@ _RARE = ("against flash DeiT", "in the scan")
 
 
 # What two runs must have in common for their rows to be compared.
-_SAME = ("device", "jax", "jaxlib", "commit", "driver", "cudnn", "plugin")
+_SAME = (
+  "device",
+  "driver",
+  "jax",
+  "jaxlib",
+  "jax-cuda13-plugin",
+  "nvidia-cudnn-cu13",
+  "XLA_FLAGS",
+  "commit",
+  "source",
+)
 
 
 def write(

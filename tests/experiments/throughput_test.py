@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.throughput import __main__ as throughput
-from experiments.throughput import cases, measure, programs, report
+from experiments.throughput import (
+  cases,
+  measure,
+  programs,
+  report,
+  targets,
+)
+from tests import readme_tables
 import vimjax
 
 
@@ -319,18 +326,22 @@ def test_only_what_was_measured_alike_goes_on(
 
 
 def test_a_profile_tells_the_share_of_the_scan(monkeypatch):
-  times = {f"fusion_{i}": float(i) for i in range(20)}
-  monkeypatch.setattr(
-    measure.bench_timing,
-    "device_times",
-    lambda call, rotation: times | {"selective_scan_forward": 10.0},
+  times = {f"fusion_{i}": float(i) for i in range(19, -1, -1)}
+  timing = measure.bench_timing.Timing(
+    median_us=201.0, quartiles_us=(200.0, 202.0), launches=1, rounds=3
   )
+
+  def profile(call, rotation, calls):
+    del call, rotation, calls
+    return timing, times | {"selective_scan_forward": 10.0}
+
+  monkeypatch.setattr(measure.bench_timing, "profile", profile)
   monkeypatch.setattr(measure.jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(
     programs, "compile_case", lambda case: _program(case, lambda: 0.0)
   )
   (row,) = _last(measure.run_group(_group(1), rounds=1))
-  assert row.device_us == 200.0
+  assert row.device_us == 201.0
   assert row.scan_share == 0.05
   assert row.kernels_us is not None
   assert len(row.kernels_us) == 15
@@ -364,6 +375,64 @@ def test_report_compares_with_flash_attention_where_it_is():
   head, _, vim, _ = report.markdown(rows).splitlines()
   assert "| against DeiT | against flash DeiT |" in head
   assert "|  | 1.50x speed, 1.00x memory |" in vim
+
+
+def test_targets_are_met_or_missed():
+  shared = dict(size=1248, peak_bytes=1000, dtype="bfloat16")
+  rows = [
+    _row(seconds=1.0, **(shared | dict(peak_bytes=132))),
+    _row("deit_tiny", seconds=2.0, attention="materialised", **shared),
+    _row("deit_tiny", seconds=0.5, attention="flash", **shared),
+    _row("vim_small", seconds=0.5),
+  ]
+  assert targets.lines(rows) == [
+    "missed: vim_tiny at 1248 x 1248, batch 2, bfloat16: 0.50 times the speed "
+    "of flash attention, wanted 1",
+    "missed: vim_tiny at 1248 x 1248, batch 2, bfloat16: 2.00 times the speed "
+    "of materialised attention, wanted 2.8",
+    "met: vim_tiny at 1248 x 1248, batch 2, bfloat16: 86.80 % less memory than "
+    "materialised attention, wanted 86.8",
+  ]
+
+
+def test_the_gpu_preset_asks_the_most_wanted_first():
+  first, *_ = cases.groups(cases.PRESETS["gpu"][0])
+  assert [case.label for case in first.cases] == [
+    *("vim_tiny", "vim_small", "vmamba_tiny_s1l8", "mambavision_tiny"),
+    *("deit_small (materialised)", "deit_small (flash)"),
+    *("deit_tiny (materialised)", "deit_tiny (flash)"),
+  ]
+  groups = [g for plan in cases.PRESETS["gpu"] for g in cases.groups(plan)]
+  every = [case for group in groups for case in group.cases]
+  assert len(set(every)) == len(every)
+  for size in (512, 1024, 1248, 2048):
+    for mode in ("inference", "training"):
+      assert {
+        (case.label, case.dtype, case.precision)
+        for case in every
+        if (case.size, case.mode) == (size, mode)
+      } == {
+        ("vim_tiny", "bfloat16", None),
+        ("deit_tiny (materialised)", "bfloat16", None),
+        ("deit_tiny (flash)", "bfloat16", None),
+        ("vim_tiny", "float32", "tf32"),
+        ("deit_tiny (materialised)", "float32", "tf32"),
+        ("vim_tiny", "float32", "full"),
+        ("deit_tiny (materialised)", "float32", "full"),
+      }
+
+
+def test_a_gpu_table_needs_a_gpu(monkeypatch, tmp_path):
+  path = tmp_path / "throughput_gpu.json"
+  monkeypatch.setattr(readme_tables, "THROUGHPUT_GPU", path)
+  none = "No GPU figure has been measured yet."
+  assert readme_tables.throughput_gpu() == none
+  facts = {"device": "gpu NVIDIA X", "jax": "0.0", "date": "2000-01-01T00:00"}
+  rows = [_row(size=1248, dtype="bfloat16", scan_share=0.25)]
+  report.write(path, facts, rows)
+  part = readme_tables.throughput_gpu()
+  assert report.markdown(rows) in part
+  assert "Measured on gpu NVIDIA X, jax 0.0, 2000-01-01." in part
 
 
 def test_growth_is_an_exponent_of_the_pixels():
