@@ -19,6 +19,8 @@ import argparse
 import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
+import math
 import os
 import pathlib
 import sys
@@ -142,12 +144,25 @@ def _plan(args: argparse.Namespace) -> cases.Plan:
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
-  facts = bench_compare.environment() | {"cores": str(os.cpu_count())}
+  facts = bench_compare.environment() | {
+    "cores": str(os.cpu_count()),
+    "models": _models_digest(),
+  }
   if limit := measure.memory_stats().get("bytes_limit"):
     facts["memory_limit_bytes"] = str(limit)
   if args.cache:
     facts["compilation_cache"] = "used"
   return facts
+
+
+def _models_digest() -> str:
+  """Says whether two runs had the same models."""
+  folder = pathlib.Path(vimjax.__file__).parent
+  digest = hashlib.sha256()
+  for name in ("layers", "models"):
+    for path in sorted((folder / name).glob("*.py")):
+      digest.update(path.read_bytes())
+  return digest.hexdigest()[:12]
 
 
 class _Run:
@@ -189,7 +204,7 @@ class _Run:
         return 1
       self.left_out += sum(not self._is_finished(case) for case in todo)
       if group.halve and self._too_large(group):
-        half = group.halved()
+        half = self._halved(group)
         if self._was_killed(half):
           groups.append(half)
         else:
@@ -210,6 +225,15 @@ class _Run:
   def _too_large(self, group: cases.Group) -> bool:
     errors = [self.rows[c].error for c in group.cases if c in self.rows]
     return group.cases[0].batch > 1 and measure.OUT_OF_MEMORY in errors
+
+  def _halved(self, group: cases.Group) -> cases.Group:
+    """Half the batch, or the first half of a half that has a chance."""
+    rows = [self.rows[case] for case in group.cases if case in self.rows]
+    half, needs = group.halved(), max(row.peak_bytes or 0 for row in rows) / 2
+    limit = measure.memory_stats().get("bytes_limit", math.inf)
+    while needs > limit and half.cases[0].batch > 1:
+      half, needs = half.halved(), needs / 2
+    return half
 
   def _keep(self, row: measure.Row) -> None:
     self.rows[row.case] = row

@@ -40,8 +40,8 @@ _SAME = (
   "jax-cuda13-plugin",
   "nvidia-cudnn-cu13",
   "XLA_FLAGS",
-  "commit",
   "source",
+  "models",
 )
 
 

@@ -286,8 +286,11 @@ def test_the_batch_is_halved_until_all_fit(preset, monkeypatch, tmp_path):
   del preset
   monkeypatch.setattr(measure, "memory_stats", lambda: {"bytes_limit": 100})
 
+  order = []
+
   def compiles(case):
-    each = 30 if case.attention else 1
+    order.append((case.size, case.batch))
+    each = {32: 30, 64: 60}[case.size] if case.attention else 1
     return _program(case, lambda: 0.0, peak_bytes=each * case.batch)
 
   monkeypatch.setattr(programs, "compile_case", compiles)
@@ -304,6 +307,11 @@ def test_the_batch_is_halved_until_all_fit(preset, monkeypatch, tmp_path):
     ("deit_tiny (materialised)", 4, "out of memory"),
     ("vim_tiny", 2, None),
     ("deit_tiny (materialised)", 2, None),
+  ]
+  # Half of 240 is no less than 100 either.
+  assert order == [
+    *(2 * [(32, 4)] + 2 * [(32, 2)]),
+    *(2 * [(64, 4)] + 2 * [(64, 1)]),
   ]
 
 
