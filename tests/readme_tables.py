@@ -16,7 +16,12 @@ import textwrap
 from typing import Any
 
 from experiments import evidence
-from experiments.throughput import against_timm, report
+from experiments.throughput import (
+  against_timm,
+  compiled_memory,
+  report,
+  targets,
+)
 import vimjax
 from vimjax import flops, registry
 from vimjax.weights import download
@@ -28,6 +33,7 @@ RESULTS = ROOT / "experiments" / "results"
 # Speed and memory of whole models, and where its plots are.
 THROUGHPUT = RESULTS / "throughput_cpu.json"
 PLOTS = DOCS / "throughput_cpu"
+THROUGHPUT_GPU = RESULTS / "throughput_gpu.json"
 FAMILIES = ("vim", "vmamba", "mambavision", "deit")
 
 
@@ -193,6 +199,25 @@ def throughput() -> str:
   )
 
 
+def throughput_gpu() -> str:
+  """What `experiments.throughput --preset gpu` measured."""
+  if not THROUGHPUT_GPU.exists():
+    return "No GPU figure has been measured yet."
+  facts, rows = report.read(THROUGHPUT_GPU)
+  lines = [*targets.lines(rows), *report.growth(rows).splitlines()]
+  listed = "\n".join(f"- {line}" for line in lines)
+  return (
+    f"{report.markdown(rows)}\n\n{listed}\n\n"
+    f"Measured on {facts['device']}, jax {facts['jax']}, {facts['date'][:10]}."
+  )
+
+
+def model_memory() -> str:
+  """What the compiler says that whole models need on an H100."""
+  facts, rows = compiled_memory.read(RESULTS / "model_memory_compiled.json")
+  return compiled_memory.text(rows, facts)
+
+
 def cpu_models() -> str:
   """Inference of whole models on a CPU, beside PyTorch's DeiT-Ti."""
   result = _result("cpu_models.json")
@@ -215,6 +240,8 @@ PARTS: dict[str, tuple[pathlib.Path, Callable[[], str]]] = {
   "bench": (README, bench),
   "input_bench": (README, input_bench),
   "throughput": (README, throughput),
+  "throughput_gpu": (README, throughput_gpu),
+  "model_memory": (README, model_memory),
   "cpu_models": (README, cpu_models),
   **{
     family: (DOCS / f"{family}.md", functools.partial(variants, family))

@@ -215,7 +215,10 @@ def test_export_to_onnx(folder):
 
 @pytest.mark.parametrize(
   "name",
-  ["models", "digits", "evidence", "input_bench", "bench", "throughput"],
+  [
+    *("models", "digits", "evidence", "input_bench", "bench"),
+    *("throughput", "throughput_gpu", "model_memory"),
+  ],
 )
 def test_generated_parts_are_current(name):
   file, generate = readme_tables.PARTS[name]

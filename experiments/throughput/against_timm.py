@@ -20,7 +20,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from experiments.throughput import cases, measure
+from experiments.throughput import cases, programs
 from pallas_kernels import bench_compare
 from vimjax import command_line, optional
 
@@ -91,8 +91,10 @@ def run(setting: Setting, rounds: int, threads: int) -> list[Row]:
   steps = {PEER: peer_step(setting.size, setting.batch, threads)}
   memory = {}
   for model in setting.models:
-    program = measure.compile_case(_case(model, setting))
-    steps[model] = lambda p=program: jax.block_until_ready(p.step())
+    case = _case(model, setting)
+    program = programs.compile_case(case)
+    step = program.start(programs.make_images(case))
+    steps[model] = lambda s=step: jax.block_until_ready(s())
     memory[model] = program.temp_bytes
   times = _time(steps, rounds)
   peer = float(np.median(times[PEER]))

@@ -49,6 +49,26 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+  """Cases that differ in the model only, to be timed in turn.
+
+  Attributes:
+    cases: Models first, then their baselines.
+    halve: See `Plan`.
+  """
+
+  cases: tuple[Case, ...]
+  halve: bool = False
+
+  def halved(self) -> "Group":
+    """The same with half the batch."""
+    smaller = [
+      dataclasses.replace(case, batch=case.batch // 2) for case in self.cases
+    ]
+    return dataclasses.replace(self, cases=tuple(smaller))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
   """Lists of which every combination is measured.
 
@@ -58,8 +78,10 @@ class Plan:
     batches: Batch sizes.
     modes: See `Case`.
     dtypes: See `Case`.
-    precision: Of float32 rows, the same for models and baselines.
+    precisions: Of float32 rows, the same for models and baselines.
     flash: Whether bfloat16 rows get a flash attention baseline too.
+    halve: Whether half the batch follows where a case does not fit, until all
+      that are timed in turn do.
   """
 
   models: Sequence[str]
@@ -67,8 +89,46 @@ class Plan:
   batches: Sequence[int]
   modes: Sequence[Mode] = ("inference", "training")
   dtypes: Sequence[Dtype] = ("float32",)
-  precision: Precision = "full"
+  precisions: Sequence[Precision] = ("full",)
   flash: bool = False
+  halve: bool = False
+
+
+_MODELS: Final = (
+  "vim_tiny",
+  "vim_small",
+  "vmamba_tiny_s1l8",
+  "mambavision_tiny",
+)
+
+
+def _published(mode: Mode, dtype: Dtype) -> Plan:
+  """All models at the size that they are published for."""
+  return Plan(
+    models=_MODELS,
+    sizes=(224,),
+    batches=(128,),
+    modes=(mode,),
+    dtypes=(dtype,),
+    precisions=("tf32", "full"),
+    flash=True,
+  )
+
+
+def _large(
+  mode: Mode, dtype: Dtype, sizes: Sequence[int], batch: int = 8
+) -> Plan:
+  """Images of which attention has long sequences."""
+  return Plan(
+    models=("vim_tiny",),
+    sizes=sizes,
+    batches=(batch,),
+    modes=(mode,),
+    dtypes=(dtype,),
+    precisions=("tf32", "full"),
+    flash=True,
+    halve=True,
+  )
 
 
 PRESETS: Final[Mapping[str, Sequence[Plan]]] = {
@@ -87,22 +147,17 @@ PRESETS: Final[Mapping[str, Sequence[Plan]]] = {
   ),
   # The most wanted first: a time limit cuts from the end.
   "gpu": (
-    Plan(
-      models=("vim_tiny", "vmamba_tiny_s1l8", "mambavision_tiny"),
-      sizes=(224,),
-      batches=(128,),
-      dtypes=("bfloat16",),
-      flash=True,
-    ),
-    Plan(
-      models=("vim_tiny",),
-      sizes=(1248, 2048, 1024, 512),
-      batches=(8,),
-      modes=("inference",),
-      dtypes=("bfloat16", "float32"),
-      precision="tf32",
-      flash=True,
-    ),
+    _published("inference", "bfloat16"),
+    _large("inference", "bfloat16", (1248, 2048)),
+    _published("training", "bfloat16"),
+    _large("inference", "float32", (1248,), batch=64),  # Vim's own setting.
+    _published("inference", "float32"),
+    _large("inference", "float32", (2048,)),
+    _large("inference", "bfloat16", (512, 1024)),
+    _large("inference", "float32", (512, 1024)),
+    _large("training", "bfloat16", (1248, 2048, 512, 1024)),
+    _published("training", "float32"),
+    _large("training", "float32", (1248, 2048, 512, 1024)),
   ),
 }
 
@@ -119,24 +174,21 @@ def baseline(model: str) -> str:
   return min(BASELINES, key=lambda name: abs(math.log(parameters(name)) - own))
 
 
-def groups(plan: Plan) -> list[list[Case]]:
-  """Cases that differ in the model only are in one group, timed in turn."""
+def groups(plan: Plan) -> list[Group]:
+  """The cases of a plan; those of a group belong side by side."""
   found = []
   for dtype, mode, size, batch in itertools.product(
     plan.dtypes, plan.modes, plan.sizes, plan.batches
   ):
-    shared: dict[str, Any] = dict(
-      size=size,
-      batch=batch,
-      mode=mode,
-      dtype=dtype,
-      precision=plan.precision if dtype == "float32" else None,
-    )
-    group = [Case(model=name, **shared) for name in plan.models]
-    # Flash attention takes half precision only.
-    flash = plan.flash and dtype == "bfloat16"
-    for name in sorted({baseline(name) for name in plan.models}):
-      for attention in ("materialised", "flash")[: 1 + flash]:
-        group.append(Case(model=name, attention=attention, **shared))
-    found.append(group)
+    for precision in plan.precisions if dtype == "float32" else (None,):
+      shared: dict[str, Any] = dict(
+        size=size, batch=batch, mode=mode, dtype=dtype, precision=precision
+      )
+      group = [Case(model=name, **shared) for name in plan.models]
+      # Flash attention takes half precision only.
+      flash = plan.flash and dtype == "bfloat16"
+      for name in sorted({baseline(name) for name in plan.models}):
+        for attention in ("materialised", "flash")[: 1 + flash]:
+          group.append(Case(model=name, attention=attention, **shared))
+      found.append(Group(cases=tuple(group), halve=plan.halve))
   return found

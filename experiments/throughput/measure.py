@@ -1,26 +1,33 @@
-"""Compiles and times groups of cases."""
+"""Times groups of cases; whatever happens to one of them, the others go on."""
 
-from collections.abc import Callable, Sequence
-import contextlib
+from collections.abc import Callable, Iterator
 import dataclasses
+import itertools
 import math
+import sys
 import time
-from typing import Any
+from typing import Any, Final
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.throughput import cases
-import vimjax
-from vimjax import registry
+from experiments.throughput import cases, programs
+from pallas_kernels import bench_timing
 
-_PRECISIONS = {"full": "highest", "tf32": "tensorfloat32"}
-_ATTENTION = {"materialised": "xla", "flash": "cudnn"}
 # A round is at least this long, or one call.
-_ROUND_SECONDS = 0.1
-_MOST_CALLS = 50
+_ROUND_SECONDS: Final = 0.1
+_MOST_CALLS: Final = 50
+_PROFILED_STEPS: Final = 3
+_LONGEST_KERNELS: Final = 15
+_SCAN: Final = "selective_scan"  # Part of the names of the scans' kernels.
+
+OUT_OF_MEMORY: Final = "out of memory"
+UNFINISHED: Final = "unfinished"  # What a killed process leaves.
+
+
+class DeviceLostError(RuntimeError):
+  """The device computes nothing any more; a new process may bring it back."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,7 @@ class Row:
 
   Attributes:
     case: The case.
-    error: Why nothing was measured, such as "out of memory"; else None.
+    error: Why it was not timed, such as "out of memory"; else None.
     median_s: Median over rounds of the time of one step, in seconds.
     quartiles_s: First and third quartile.
     images_per_second: The batch over the median.
@@ -40,6 +47,10 @@ class Row:
       compiler's account; an array that is updated in place counts once.
     device_peak_bytes: The device's own account of the most that was in use;
       None where there is none, or where earlier cases had needed more.
+    device_us: Time of all kernels of a step, in microseconds; None on CPUs.
+    scan_share: Part of it in the selective scans' own kernels, from 0 to 1.
+    kernels_us: The kernels that take longest by name, each with its time in a
+      step in microseconds.
   """
 
   case: cases.Case
@@ -52,183 +63,159 @@ class Row:
   temp_bytes: int | None = None
   peak_bytes: int | None = None
   device_peak_bytes: int | None = None
+  device_us: float | None = None
+  scan_share: float | None = None
+  kernels_us: dict[str, float] | None = None
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether nothing would be learned from trying it once more."""
+    return self.error != UNFINISHED
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-  """A compiled case. `step` runs it once and returns something to wait for."""
-
-  step: Callable[[], Any]
-  compile_s: float
-  argument_bytes: int
-  temp_bytes: int
-  peak_bytes: int
-  device_peak_bytes: int | None
-
-
-def run_group(group: Sequence[cases.Case], rounds: int) -> list[Row]:
+def run_group(
+  group: cases.Group,
+  rounds: int,
+  out_of_time: Callable[[], bool] = lambda: False,
+) -> Iterator[Row]:
   """Compiles all cases, then times them in turn, round by round.
 
-  A disturbance of the machine then hits them alike. What does not fit into
-  memory gets a row that says so.
+  A disturbance of the machine then hits them alike. An exception of a case is
+  the error of its row, and the others go on.
+
+  Args:
+    group: The cases.
+    rounds: How often each is timed.
+    out_of_time: Asked before each case is compiled; those that are, are timed
+      nevertheless.
+
+  Yields:
+    Whatever is known of a case, as soon as it is: the last row is the result.
+
+  Raises:
+    DeviceLostError: After an error that the device did not survive.
   """
-  programs: dict[cases.Case, _Program] = {}
-  errors: dict[cases.Case, str] = {}
-  for case in group:
+  rows: dict[cases.Case, Row] = {}
+  steps: dict[cases.Case, Callable[[], Any]] = {}
+  images = None
+  for case in group.cases:
+    if out_of_time():
+      break
+    yield Row(case=case, error=UNFINISHED)
     try:
-      programs[case] = compile_case(case)
-    except jax.errors.JaxRuntimeError as error:
-      errors[case] = _reason(error)
-  times = _time(programs, rounds)
-  return [
-    Row(case=case, error=errors[case])
-    if case in errors
-    else _row(case, programs[case], times[case])
-    for case in group
-  ]
+      program = programs.compile_case(case)
+      rows[case] = _compiled(program)
+      yield rows[case]
+      if not _fits(program):
+        raise MemoryError(OUT_OF_MEMORY)
+      if images is None:
+        images = programs.make_images(case)
+      steps[case] = program.start(images)
+      rows[case] = dataclasses.replace(rows[case], **_warm_up(steps[case]))
+    except Exception as error:
+      steps.pop(case, None)
+      yield _failed(rows.get(case, Row(case=case)), error)
+      check_device()
+  times: dict[cases.Case, list[float]] = {case: [] for case in steps}
+  calls: dict[cases.Case, int] = {}
+  for _ in range(rounds):
+    for case in list(steps):
+      try:
+        if case not in calls:
+          calls[case] = _calls(steps[case])
+        times[case].append(_seconds(steps[case], calls[case]))
+      except Exception as error:
+        del steps[case]
+        yield _failed(rows[case], error)
+        check_device()
+  for case, step in steps.items():
+    yield _timed(rows[case], times[case], step)
 
 
-def _reason(error: Exception) -> str:
-  text = str(error)
-  if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-    return "out of memory"
-  return text.splitlines()[0][:200]
-
-
-def _row(case: cases.Case, program: _Program, times: Sequence[float]) -> Row:
-  low, median, high = np.percentile(times, (25, 50, 75))
+def _compiled(program: programs.Program) -> Row:
   return Row(
-    case=case,
-    median_s=float(median),
-    quartiles_s=(float(low), float(high)),
-    images_per_second=float(case.batch / median),
+    case=program.case,
+    error=UNFINISHED,
     compile_s=program.compile_s,
     argument_bytes=program.argument_bytes,
     temp_bytes=program.temp_bytes,
     peak_bytes=program.peak_bytes,
-    device_peak_bytes=program.device_peak_bytes,
   )
 
 
-def _time(
-  programs: dict[cases.Case, _Program], rounds: int
-) -> dict[cases.Case, list[float]]:
-  """Seconds per step, one number per round."""
-  calls = {}
-  for case, program in programs.items():
-    start = time.perf_counter()
-    jax.block_until_ready(program.step())
-    once = time.perf_counter() - start
-    calls[case] = min(max(math.ceil(_ROUND_SECONDS / once), 1), _MOST_CALLS)
-  times: dict[cases.Case, list[float]] = {case: [] for case in programs}
-  for _ in range(rounds):
-    for case, program in programs.items():
-      start = time.perf_counter()
-      results = [program.step() for _ in range(calls[case])]
-      jax.block_until_ready(results)
-      times[case].append((time.perf_counter() - start) / calls[case])
-  return times
+def _fits(program: programs.Program) -> bool:
+  limit = memory_stats().get("bytes_limit")
+  return limit is None or program.peak_bytes <= limit
 
 
-def build(case: cases.Case) -> Any:
-  """The model of a case."""
-  fields: dict[str, Any] = dict(dtype=jnp.dtype(case.dtype))
-  known = registry.field_names(vimjax.get_variant(case.model).module)
-  if "image_size" in known:
-    fields["image_size"] = case.size
-  if case.attention is not None:
-    fields["attention_implementation"] = _ATTENTION[case.attention]
-  return vimjax.create_model(case.model, **fields)
+def _failed(row: Row, error: Exception) -> Row:
+  """The row, with what is known of the program, and the error."""
+  text = str(error).strip() or type(error).__name__
+  is_memory = "RESOURCE_EXHAUSTED" in text or OUT_OF_MEMORY in text.lower()
+  reason = OUT_OF_MEMORY if is_memory else text.splitlines()[0][:200]
+  return dataclasses.replace(row, error=reason)
 
 
-def compile_case(case: cases.Case) -> _Program:
-  model = build(case)
-  rng = np.random.default_rng(0)
-  shape = (case.batch, case.size, case.size, 3)
-  images = jnp.asarray(rng.standard_normal(shape, np.float32))
-  variables = _variables(model, images, rng)
-  labels = jnp.asarray(rng.integers(0, model.num_classes, case.batch))
-  precision: Any = contextlib.nullcontext()
-  if case.precision is not None:
-    precision = jax.default_matmul_precision(_PRECISIONS[case.precision])
-  before = _peak()
+def _warm_up(step: Callable[[], Any]) -> dict[str, Any]:
+  """Runs a first step, which fails if it does not fit."""
+  before = memory_stats().get("peak_bytes_in_use")
+  jax.block_until_ready(step())
+  after = memory_stats().get("peak_bytes_in_use")
+  return {"device_peak_bytes": None if after == before else after}
+
+
+def _calls(step: Callable[[], Any]) -> int:
+  """How many steps make up a round."""
+  once = _seconds(step, 1)
+  return min(max(math.ceil(_ROUND_SECONDS / once), 1), _MOST_CALLS)
+
+
+def _seconds(step: Callable[[], Any], calls: int) -> float:
   start = time.perf_counter()
-  with precision:
-    if case.mode == "inference":
-      function = jax.jit(model.apply)
-      compiled = function.lower(variables, images).compile()
-    else:
-      function = jax.jit(_training_step(model), donate_argnums=0)
-      compiled = function.lower(variables, images, labels).compile()
-  seconds = time.perf_counter() - start
-  state = [variables]
+  jax.block_until_ready([step() for _ in range(calls)])
+  return (time.perf_counter() - start) / calls
 
-  def step() -> Any:
-    if case.mode == "inference":
-      return compiled(state[0], images)
-    state[0], loss = compiled(state[0], images, labels)
-    return loss
 
-  jax.block_until_ready(step())  # Warms up, and fails here if it does not fit.
-  peak, memory = _peak(), _memory(compiled)
-  arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return _Program(
-    step=step,
-    compile_s=seconds,
-    argument_bytes=arguments,
-    temp_bytes=temp,
-    peak_bytes=arguments + results + temp,
-    device_peak_bytes=peak if peak is not None and peak != before else None,
+def _timed(row: Row, times: list[float], step: Callable[[], Any]) -> Row:
+  low, median, high = (float(x) for x in np.percentile(times, (25, 50, 75)))
+  return dataclasses.replace(
+    row,
+    error=None,
+    median_s=median,
+    quartiles_s=(low, high),
+    images_per_second=row.case.batch / median,
+    **_profile(step),
   )
 
 
-def _memory(compiled: Any) -> Any:
-  return compiled.memory_analysis()
-
-
-def _variables(
-  model: Any, images: jax.Array, rng: np.random.Generator
-) -> dict[str, Any]:
-  """Values of the usual size; initialising would mean compiling once more."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1])
-  flat: dict[Any, Any] = traverse_util.flatten_dict(shapes)
-  ones = ("scale", "var")
-  filled = {
-    path: jnp.ones(leaf.shape, leaf.dtype)
-    if path[-1] in ones
-    else jnp.asarray(0.02 * rng.standard_normal(leaf.shape), leaf.dtype)
-    for path, leaf in flat.items()
+def _profile(step: Callable[[], Any]) -> dict[str, Any]:
+  """Where the time of a step goes, on a GPU."""
+  if jax.default_backend() != "gpu":
+    return {}
+  try:
+    timing, kernels = bench_timing.profile(
+      lambda _: step(), [None], calls=_PROFILED_STEPS
+    )
+  except Exception as error:  # Only a second look at what is timed already.
+    print(f"no profile: {error}", file=sys.stderr)
+    return {}
+  scans = sum(time for name, time in kernels.items() if _SCAN in name)
+  longest = itertools.islice(kernels.items(), _LONGEST_KERNELS)
+  return {
+    "device_us": timing.median_us,
+    "scan_share": scans / sum(kernels.values()),
+    "kernels_us": dict(longest),
   }
-  return traverse_util.unflatten_dict(filled)
 
 
-def _training_step(model: Any) -> Callable[..., Any]:
-  def step(variables, images, labels):
-    params = variables["params"]
-    rest = {k: v for k, v in variables.items() if k != "params"}
-
-    def loss(params):
-      logits, updated = model.apply(
-        {"params": params, **rest},
-        images,
-        train=True,
-        mutable=list(rest),
-        rngs={"drop_path": jax.random.key(0)},
-      )
-      losses = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(
-        logits, labels[:, None], -1
-      ).squeeze(-1)
-      return losses.mean(), updated
-
-    (value, updated), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-    params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradients)
-    return {"params": params, **updated}, value
-
-  return step
+def memory_stats() -> dict[str, int]:
+  """The device's own account of its memory; empty if it keeps none."""
+  return jax.devices()[0].memory_stats() or {}
 
 
-def _peak() -> int | None:
-  """The most memory that was in use on the device since the process began."""
-  stats = jax.devices()[0].memory_stats()
-  return stats.get("peak_bytes_in_use") if stats else None
+def check_device() -> None:
+  """Raises DeviceLostError if an error before has taken the device along."""
+  try:
+    jax.block_until_ready(jnp.ones(8) + 1)
+  except Exception as error:
+    raise DeviceLostError(str(error).splitlines()[0][:200]) from error

@@ -23,7 +23,25 @@ _COLUMNS = (
   "ms (quartiles)",
   "peak MiB",
   "against DeiT",
+  "against flash DeiT",
+  "in the scan",
   "compile s",
+)
+# In a table only where there is something in it.
+_RARE = ("against flash DeiT", "in the scan")
+
+
+# What two runs must have in common for their rows to be compared.
+_SAME = (
+  "device",
+  "driver",
+  "jax",
+  "jaxlib",
+  "jax-cuda13-plugin",
+  "nvidia-cudnn-cu13",
+  "XLA_FLAGS",
+  "source",
+  "models",
 )
 
 
@@ -31,15 +49,36 @@ def write(
   path: pathlib.Path,
   environment: Mapping[str, Any],
   rows: Sequence[measure.Row],
-  groups_left_out: int,
 ) -> None:
-  """Writes what was measured, and where, as JSON."""
+  """Writes what was measured, and where, as JSON; all of it or nothing."""
   content = {
     "environment": dict(environment),
     "rows": [dataclasses.asdict(row) for row in rows],
-    "groups_left_out": groups_left_out,
   }
-  path.write_text(json.dumps(content, indent=2) + "\n")
+  whole = path.with_name(path.name + ".part")
+  whole.write_text(json.dumps(content, indent=2) + "\n")
+  whole.replace(path)
+
+
+def resume(
+  path: pathlib.Path, environment: Mapping[str, str]
+) -> tuple[dict[str, Any], list[measure.Row]]:
+  """What is in a file, to go on with it.
+
+  Raises:
+    ValueError: The file is none of `write`'s, or was begun elsewhere.
+  """
+  try:
+    before, rows = read(path)
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} has no results, move it away: {error}") from error
+  for key in _SAME:
+    old, new = before.get(key), environment.get(key)
+    if old != new:
+      raise ValueError(
+        f"{path} was begun with {key} {old}, not {new}: name another file."
+      )
+  return before | {"continued": environment["date"]}, rows
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], list[measure.Row]]:
@@ -54,30 +93,42 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], list[measure.Row]]:
 
 def markdown(rows: Sequence[measure.Row]) -> str:
   """One line per row, as a Markdown table."""
-  lines = [
-    "| " + " | ".join(_COLUMNS) + " |",
-    "| " + " | ".join("---" for _ in _COLUMNS) + " |",
+  by_case = {row.case: row for row in rows}
+  table = [_cells(row, by_case) for row in rows]
+  columns = [
+    name
+    for name in _COLUMNS
+    if name not in _RARE or any(cells[name] for cells in table)
   ]
-  lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
-  return "\n".join(lines)
+  lines = [columns, ["---" for _ in columns]]
+  lines += [[cells[name] for name in columns] for cells in table]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cells(row: measure.Row, rows: Sequence[measure.Row]) -> list[str]:
+def _cells(row: measure.Row, rows: Mapping[cases.Case, measure.Row]):
+  """What stands in the columns of a row."""
   case = row.case
-  dtype = case.dtype + (f", {case.precision}" if case.precision else "")
-  head = [case.label, str(case.size), str(case.batch), case.mode, dtype]
-  speed, peak = row.images_per_second, row.peak_bytes
-  if row.median_s is None or not row.quartiles_s or not speed or not peak:
-    return [*head, row.error or "", *[""] * (len(_COLUMNS) - 6)]
-  low, high = (f"{1e3 * x:.1f}" for x in row.quartiles_s)
-  return [
-    *head,
-    f"{speed:.{1 if speed >= 10 else 2}f}",
-    f"{1e3 * row.median_s:.1f} ({low} to {high})",
-    _peak(peak, row.device_peak_bytes),
-    _against_baseline(row, rows),
-    f"{row.compile_s:.1f}",
-  ]
+  cells = dict.fromkeys(_COLUMNS, "") | {
+    "model": case.label,
+    "image": str(case.size),
+    "batch": str(case.batch),
+    "step": case.mode,
+    "dtype": case.dtype + (f", {case.precision}" if case.precision else ""),
+    "images/s": row.error or "",
+    "against DeiT": _against(row, rows, "materialised"),
+    "against flash DeiT": _against(row, rows, "flash"),
+  }
+  if row.peak_bytes is not None and row.compile_s is not None:
+    cells["peak MiB"] = _peak(row.peak_bytes, row.device_peak_bytes)
+    cells["compile s"] = f"{row.compile_s:.1f}"
+  speed = row.images_per_second
+  if speed is not None and row.median_s is not None and row.quartiles_s:
+    low, high = (f"{1e3 * x:.1f}" for x in row.quartiles_s)
+    cells["images/s"] = f"{speed:.{1 if speed >= 10 else 2}f}"
+    cells["ms (quartiles)"] = f"{1e3 * row.median_s:.1f} ({low} to {high})"
+  if row.scan_share is not None:
+    cells["in the scan"] = f"{100 * row.scan_share:.0f} %"
+  return cells
 
 
 def _peak(compiler: int, device: int | None) -> str:
@@ -86,21 +137,41 @@ def _peak(compiler: int, device: int | None) -> str:
   return text + (f" (device {device / 2**20:.0f})" if device else "")
 
 
-def _against_baseline(row: measure.Row, rows: Sequence[measure.Row]) -> str:
-  """Speed and memory relative to the DeiT that materialises its attention."""
-  case = row.case
-  wanted = dataclasses.replace(
-    case, model=cases.baseline(case.model), attention="materialised"
+def _against(
+  row: measure.Row,
+  rows: Mapping[cases.Case, measure.Row],
+  attention: cases.Attention,
+) -> str:
+  """Speed and memory relative to the DeiT that attends like this."""
+  speed, memory = ratios(row, rows, attention)
+  parts = [
+    f"{ratio:.2f}x {what}"
+    for what, ratio in (("speed", speed), ("memory", memory))
+    if ratio is not None
+  ]
+  return ", ".join(parts)
+
+
+def ratios(
+  row: measure.Row,
+  rows: Mapping[cases.Case, measure.Row],
+  attention: cases.Attention,
+) -> tuple[float | None, float | None]:
+  """Speed and peak memory in units of the baseline's, where both are known."""
+  if row.case.attention is not None:
+    return None, None
+  name = cases.baseline(row.case.model)
+  base = rows.get(
+    dataclasses.replace(row.case, model=name, attention=attention)
   )
-  for base in rows:
-    if case.attention or base.case != wanted:
-      continue
-    if base.median_s and row.median_s and base.peak_bytes and row.peak_bytes:
-      return (
-        f"{base.median_s / row.median_s:.2f}x speed, "
-        f"{row.peak_bytes / base.peak_bytes:.2f}x memory"
-      )
-  return ""
+  if base is None:
+    return None, None
+  speed = memory = None
+  if row.median_s and base.median_s:
+    speed = base.median_s / row.median_s
+  if row.peak_bytes and base.peak_bytes:
+    memory = row.peak_bytes / base.peak_bytes
+  return speed, memory
 
 
 def _series(

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from experiments.throughput import against_timm, measure
+from experiments.throughput import against_timm, programs
 import vimjax
 
 
@@ -18,7 +18,7 @@ def small(monkeypatch):
     return vimjax.create_model(case.model, image_size=case.size, **fields)
 
   settings = (against_timm.Setting(("vim_tiny", "deit_tiny"), 32, 2),)
-  monkeypatch.setattr(measure, "build", build)
+  monkeypatch.setattr(programs, "build", build)
   monkeypatch.setattr(against_timm, "SETTINGS", settings)
   monkeypatch.setattr(
     against_timm.os, "sched_setaffinity", lambda *_: None, raising=False
