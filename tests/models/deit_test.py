@@ -126,6 +126,35 @@ def test_flash_attention_names_what_it_cannot_take(
     jax.eval_shape(module.apply, variables, x)
 
 
+@pytest.mark.parametrize("length", [4, 5])
+def test_flash_attention_is_differentiated_at_even_lengths(monkeypatch, length):
+  """JAX refuses others; here its plain attention stands for cuDNN's."""
+  plain = jax.nn.dot_product_attention
+  lengths = []
+
+  def flash(q, k, v, *, implementation, **options):
+    assert implementation == "cudnn"
+    lengths.append(q.shape[1])
+    return plain(q, k, v, implementation="xla", **options)
+
+  module = attention.Attention(num_heads=2, dtype="bfloat16")
+  x = jax.random.normal(jax.random.key(0), (2, length, 16), jnp.float32)
+  variables = module.init(jax.random.key(1), x)
+  loss = lambda module: lambda v, x: (module.apply(v, x) ** 2).sum()
+  want = jax.value_and_grad(loss(module), (0, 1))(variables, x)
+  monkeypatch.setattr(attention.dispatch, "default_platform", lambda: "gpu")
+  monkeypatch.setattr(jax.nn, "dot_product_attention", flash)
+  module = module.clone(implementation="cudnn")
+  got = jax.value_and_grad(loss(module), (0, 1))(variables, x)
+  assert all(n % 2 == 0 for n in lengths)
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+  # One rounding to bfloat16 apart.
+  chex.assert_trees_all_close(got, want, rtol=2e-2, atol=2e-2)
+  lengths.clear()
+  module.apply(variables, x)
+  assert lengths == [length]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_flash_attention_equals_plain_attention(dtype):

@@ -13,6 +13,7 @@ from pallas_kernels import dispatch
 from vimjax.layers import basic
 
 Implementation = Literal["xla", "cudnn"]
+_Heads = Float[Array, "b l heads size"]
 
 
 def check_implementation(model: str, implementation: str | None) -> None:
@@ -76,8 +77,44 @@ class Attention(nn.Module):
         f"{reason}. Pass attention_implementation=None."
       )
     with _matmul_precision(self.precision):
-      y = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+      if implementation == "cudnn" and l % 2:
+        y = _flash_of_odd_length(q, k, v)
+      else:
+        y = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     return nn.Dense(d, name="proj", **dense)(y.reshape(b, l, d))
+
+
+@jax.custom_vjp
+def _flash_of_odd_length(q: _Heads, k: _Heads, v: _Heads) -> _Heads:
+  """Flash attention, whose gradient JAX has for even lengths only."""
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _flash_fwd(q: _Heads, k: _Heads, v: _Heads) -> tuple[_Heads, Any]:
+  return jax.vjp(_flash_with_one_more, q, k, v)
+
+
+def _flash_bwd(vjp: Any, dy: _Heads) -> tuple[_Heads, _Heads, _Heads]:
+  return vjp(dy)
+
+
+_flash_of_odd_length.defvjp(_flash_fwd, _flash_bwd)
+
+
+def _flash_with_one_more(q: _Heads, k: _Heads, v: _Heads) -> _Heads:
+  """The same with a token at the end that no other one sees."""
+  b, l = q.shape[:2]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+  lengths = jnp.full((b,), l, jnp.int32)
+  y = jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    query_seq_lengths=lengths,
+    key_value_seq_lengths=lengths,
+    implementation="cudnn",
+  )
+  return y[:, :l]
 
 
 def _why_not_cudnn(q: Float[Array, "b l heads size"]) -> str | None:
