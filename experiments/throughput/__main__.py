@@ -121,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   run = _Run(facts, rows, args.json, time.monotonic() + args.time_limit)
   code = run.complete(plans, args.rounds)
   rows = list(run.rows.values())
-  print("\n" + report.markdown(rows))
-  print("\n" + report.growth(rows))
-  print("\n" + "\n".join(targets.lines(rows)))
+  goals = "\n".join(targets.lines(rows))
+  for part in filter(None, (report.markdown(rows), report.growth(rows), goals)):
+    print(f"\n{part}")
   if run.left_out:
     print(f"\n{run.left_out} cases were left out: the time limit was reached")
   for name in report.plots(rows, args.plots) if args.plots else ():
