@@ -18,9 +18,10 @@ _POLYNOMIAL = (
   0.0083751328,
   0.0013941116,
 )
-# A float32 plus this is rounded to a whole number, in its lowest bits.
-_ROUND = 1.5 * 2**23
-_ROUND_BITS = 0x4B400000
+# A float32 plus this is rounded to a whole number, which is in its lowest bits,
+# with the bias of a float32's exponent, 127, added.
+_ROUND = 1.5 * 2**23 + 127
+_ROUND_BITS = 0x4B40007F  # Those of this constant.
 _LOG2_E = 1.4426950408889634
 # log(2) in two parts: products of the first with whole numbers are exact.
 _LOG_2 = (0.693359375, -2.12194440e-4)
@@ -42,9 +43,8 @@ def exp(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
   y = jnp.full_like(x, _POLYNOMIAL[-1])
   for coefficient in _POLYNOMIAL[-2::-1]:
     y = y * x + coefficient
-  # 2 ** power: all but the whole number is shifted out, the bias added.
-  bits = (rounded << 23) + (127 << 23)
-  return y * jax.lax.bitcast_convert_type(bits, jnp.float32)
+  # 2 ** power: all but the whole number and the bias is shifted out.
+  return y * jax.lax.bitcast_convert_type(rounded << 23, jnp.float32)
 
 
 @exp.defjvp
