@@ -33,12 +33,17 @@ def commit() -> str:
 
 
 def source_digest() -> str:
-  """A digest of this package's files, which says whether two are the same."""
+  """That of this package's code and tuning tables."""
   folder = pathlib.Path(__file__).parent
-  digest = hashlib.sha256()
-  for path in sorted((*folder.rglob("*.py"), *folder.rglob("tuning_*.json"))):
-    digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-  return digest.hexdigest()[:12]
+  return digest(folder, "**/*.py", "**/tuning_*.json")
+
+
+def digest(folder: pathlib.Path, *patterns: str) -> str:
+  """Of names and contents of files: whether two folders have the same."""
+  found = hashlib.sha256()
+  for path in sorted(x for name in patterns for x in folder.glob(name)):
+    found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+  return found.hexdigest()[:12]
 
 
 def gpu_facts() -> dict[str, str]:

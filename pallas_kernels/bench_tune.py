@@ -44,9 +44,7 @@ _CHUNK_FACTORS: Final = (0.25, 0.5, 2, 4)
 _GAIN: Final = 0.98
 _PASSES: Final = 2
 
-# A candidate that takes longer is none; starting a device takes longer still.
-_SECONDS: Final = 45
-_START_SECONDS: Final = 120
+_SECONDS: Final = 45  # A candidate that takes longer is none.
 _ROWS: Final = 16  # That are checked at a time.
 
 Timer = Callable[..., float]
@@ -205,7 +203,7 @@ def tune_on_gpu(
   with bench_child.Child() as child:
     if reason := gpu_suite.why_no_gpu_there(child):
       return reason
-    device = child.run(this_device, seconds=_START_SECONDS)
+    device = child.run(this_device, seconds=gpu_suite.START_SECONDS)
     path = path or tuning.table_path(device.device_kind)
     timer = functools.partial(child.run, time_on_device, seconds=_SECONDS)
     tune(names, device=device, timer=timer, path=path, **options)

@@ -38,7 +38,7 @@ _IMPORTANT: Final = ("vim_", "vmamba_tiny_s1l8", "mambavision_")
 _DTYPES: Final = ("bfloat16", "float32")
 _LATE: Final = "the time was up"
 _BANDWIDTH: Final = "bandwidth of a copy"
-_START_SECONDS: Final = 120  # For the device, too, to start.
+START_SECONDS: Final = 120  # For the device, too, to start.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def why_no_gpu() -> str | None:
 def why_no_gpu_there(child: bench_child.Child) -> str | None:
   """`why_no_gpu` in another process, which may not come that far."""
   try:
-    return child.run(why_no_gpu, seconds=_START_SECONDS)
+    return child.run(why_no_gpu, seconds=START_SECONDS)
   except bench_child.ChildError as error:
     return f"a process that asked for it {error}"
 
@@ -97,7 +97,7 @@ def run_on_gpu(
   with bench_child.Child() as child:
     if reason := why_no_gpu_there(child):
       return reason
-    facts = child.run(bench_compare.environment, seconds=_START_SECONDS)
+    facts = child.run(bench_compare.environment, seconds=START_SECONDS)
     return run(
       calls,
       implementation="mosaic_gpu",

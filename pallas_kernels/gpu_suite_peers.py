@@ -23,12 +23,11 @@ import jax
 import numpy as np
 
 from pallas_kernels import (
-  bench_checks,
   bench_ops,
   bench_timing,
   gpu_suite_checks,
+  gpu_suite_timings,
 )
-from pallas_kernels.gpu_suite_timings import Job, Settings
 
 UNAVAILABLE: Final = 69
 
@@ -156,7 +155,9 @@ def _extension(folder: pathlib.Path) -> Any:
 
 
 def time_call(
-  job: Job, settings: Settings, folder: pathlib.Path
+  job: gpu_suite_timings.Job,
+  settings: gpu_suite_timings.Settings,
+  folder: pathlib.Path,
 ) -> dict[str, Any]:
   """Times a call like `gpu_suite_timings.time_call`, and the backward alone.
 
@@ -168,9 +169,7 @@ def time_call(
   """
   extension = _extension(folder)
   torch = _torch()
-  op = bench_ops.OPS[job.op]
-  spec = bench_ops.enlarged(op.specs[job.call], job.batch_factor)
-  arrays = bench_ops.random_arguments(job.op, spec, job.dtype)
+  _, arrays = gpu_suite_timings.inputs(job)
   jax.block_until_ready(arrays)
   if "z" in arrays:
     raise PeerError("calls with a gate are not compared")
@@ -199,14 +198,7 @@ def time_call(
   results = {"y": _as_array(y, "y")} | {
     f"d{name}": _as_array(x, name) for name, x in gradients.items()
   }
-  errors = bench_checks.on_device(
-    op,
-    {"delta_softplus": True},
-    arrays,
-    (results["y"],),
-    results,
-    rows=op.specs[job.call].b,
-  )
+  errors = gpu_suite_timings.errors_of(job, arrays, results)
   return found | {"errors": gpu_suite_checks.as_text(errors)}
 
 

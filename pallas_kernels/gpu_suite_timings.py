@@ -86,8 +86,7 @@ def time_call(job: Job, settings: Settings) -> dict[str, Any]:
     it is checked, the errors and the failures.
   """
   op = bench_ops.OPS[job.op]
-  spec = bench_ops.enlarged(op.specs[job.call], job.batch_factor)
-  arrays = bench_ops.random_arguments(job.op, spec, job.dtype)
+  spec, arrays = inputs(job)
   itemsize = jax.numpy.dtype(job.dtype).itemsize
   found: dict[str, Any] = dataclasses.asdict(job)
   results: dict[str, Any] = {}
@@ -113,19 +112,33 @@ def time_call(job: Job, settings: Settings) -> dict[str, Any]:
       results |= result
       failures += moved
   if job.is_checked:
-    rows = op.specs[job.call].b
-    errors = bench_checks.on_device(
-      op,
-      {"delta_softplus": True},
-      arrays,
-      (results["y"],),
-      results,
-      rows=rows,
-    )
+    errors = errors_of(job, arrays, results)
     failures += bench_checks.too_large(errors, results)
     found["errors"] = gpu_suite_checks.as_text(errors)
     found["failures"] = failures
   return found
+
+
+def inputs(job: Job) -> tuple[Any, dict[str, Any]]:
+  """The sizes and the arrays of what to time."""
+  spec = bench_ops.OPS[job.op].specs[job.call]
+  spec = bench_ops.enlarged(spec, job.batch_factor)
+  return spec, bench_ops.random_arguments(job.op, spec, job.dtype)
+
+
+def errors_of(
+  job: Job, arrays: dict[str, Any], results: dict[str, Any]
+) -> dict[str, float]:
+  """Those of results on these arrays, y being the cotangent of y."""
+  op = bench_ops.OPS[job.op]
+  return bench_checks.on_device(
+    op,
+    {"delta_softplus": True},
+    arrays,
+    (results["y"],),
+    results,
+    rows=op.specs[job.call].b,
+  )
 
 
 def _run(into: Callable[..., Any], cell: list[Any]) -> Any:

@@ -12,7 +12,7 @@ held out for validation. Names that start with a dot, and what macOS adds to
 archives, do not count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import os
 import pathlib
@@ -71,7 +71,10 @@ def splits(folder: str | None) -> tuple[str, ...]:
     MissingDataError: There is no such folder.
     DataError: It has a part, but none for training; or one of them twice.
   """
-  parts = _parts(_root(folder))
+  return _names(_parts(_root(folder)))
+
+
+def _names(parts: Mapping[str, pathlib.Path]) -> tuple[str, ...]:
   names = ("train", "validation")
   if not parts:
     return (*names, "all")
@@ -102,11 +105,11 @@ def open_split(split: str, folder: str | None) -> records.Split:
     ValueError: There is no such split.
     OSError: A folder cannot be read.
   """
-  known = splits(folder)
   root = _root(folder)
+  parts = _parts(root)
+  known = _names(parts)
   if split not in known:
     raise records.unknown_name(f"split of {root}", split, known)
-  parts = _parts(root)
   base = parts.get("train", root)
   names = _classes(base)
   files = _files(base, names)

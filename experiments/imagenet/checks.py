@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import itertools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     raise errors.ConfigError(f"config.mesh: {error}") from error
   # Between these the images of a batch are divided.
   devices = sizes[sharding.DATA] * sizes[sharding.FSDP]
-  flat = dict(_flat(config))
   problems = [
-    f"config.{name}={flat[name]!r} must be {wanted}."
+    f"config.{name}={operator.attrgetter(name)(config)!r} must be {wanted}."
     for name, wanted, holds in itertools.chain(
       _batches(config, devices),
       _training(config),
@@ -58,16 +58,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   if problems:
     raise errors.ConfigError("\n".join(problems))
   _find_packages(config)
-
-
-def _flat(
-  config: ml_collections.ConfigDict, prefix: str = ""
-) -> Iterator[tuple[str, object]]:
-  for name, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      yield from _flat(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value
 
 
 def _batches(c: ml_collections.ConfigDict, devices: int) -> Iterator[Rule]:

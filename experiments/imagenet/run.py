@@ -116,12 +116,17 @@ def make_model(config: ml_collections.ConfigDict) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What stays the same during a run; see `prepare`."""
+  """What stays the same during a run; see `prepare`.
+
+  Attributes that do not speak for themselves:
+    examples: How many records each split has.
+  """
 
   config: ml_collections.ConfigDict
   folder: pathlib.Path
   mesh: jax.sharding.Mesh
   plan: Plan
+  examples: dict[str, int]
   model: nn.Module
   tx: optax.GradientTransformation
   train_step: Callable[
@@ -136,14 +141,19 @@ class Run:
     return state.variables(self.config.eval_weights)
 
 
-def _open_splits(config: ml_collections.ConfigDict) -> None:
-  """Finds now what is wrong with a split that is read hours from now."""
+def _count_examples(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """Opens every split: one may have a mistake, and be read hours from now."""
   data = config.data
-  for split in filter(None, (data.valid_split, data.test_split)):
-    if not input_pipeline.num_examples(config, split):
+  splits = filter(None, (data.train_split, data.valid_split, data.test_split))
+  counts = {
+    split: input_pipeline.num_examples(config, split) for split in splits
+  }
+  for split, count in counts.items():
+    if not count:
       raise records.DataError(
         f"{data.name!r} ({split}) has no image to evaluate."
       )
+  return counts
 
 
 def prepare(
@@ -171,7 +181,7 @@ def prepare(
   """
   try:
     plan = make_plan(config, input_pipeline.steps_per_epoch(config))
-    _open_splits(config)
+    examples = _count_examples(config)
     # Reads config.data.randaugment.
     stages.make_augment(config)
     names = input_pipeline.class_names(config)
@@ -194,6 +204,7 @@ def prepare(
     folder=folder,
     mesh=mesh,
     plan=plan,
+    examples=examples,
     model=model,
     tx=tx,
     train_step=steps.make_train_step(

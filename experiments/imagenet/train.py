@@ -110,11 +110,7 @@ def start(run: run_lib.Run) -> tuple[state_lib.State, checkpoints.Record]:
   Raises:
     errors.ConflictError: A split has grown or shrunk since.
   """
-  data = run.config.data
-  splits = filter(None, (data.train_split, data.valid_split, data.test_split))
-  examples = {
-    split: input_pipeline.num_examples(run.config, split) for split in splits
-  }
+  examples = run.examples
   agreement.check_equal({f"images of {k!r}": n for k, n in examples.items()})
   shapes = state_lib.state_shapes(run.model, run.tx, run.config, run.mesh)
   total = run.plan.total_steps
@@ -144,9 +140,10 @@ def start(run: run_lib.Run) -> tuple[state_lib.State, checkpoints.Record]:
     then = record.examples.setdefault(split, now)
     if then != now:
       raise errors.ConflictError(
-        f"{data.name!r} ({split}) had {then} images when {run.folder} was "
-        f"saved, and has {now} now: the run would go on with others than it "
-        "began with. Restore the data, or choose another --workdir."
+        f"{run.config.data.name!r} ({split}) had {then} images when "
+        f"{run.folder} was saved, and has {now} now: the run would go on with "
+        "others than it began with. Restore the data, or choose another "
+        "--workdir."
       )
   metrics.say(f"resumed {run.folder} from step {record.step} of {total}")
   return restored

@@ -19,7 +19,6 @@ import argparse
 import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
-import hashlib
 import math
 import os
 import pathlib
@@ -30,7 +29,7 @@ from typing import get_args
 import jax
 
 from experiments.throughput import cases, measure, report, targets
-from pallas_kernels import bench_compare
+from pallas_kernels import bench_compare, bench_environment
 import vimjax
 from vimjax import command_line, optional
 
@@ -158,11 +157,7 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
 def _models_digest() -> str:
   """Says whether two runs had the same models."""
   folder = pathlib.Path(vimjax.__file__).parent
-  digest = hashlib.sha256()
-  for name in ("layers", "models"):
-    for path in sorted((folder / name).glob("*.py")):
-      digest.update(path.read_bytes())
-  return digest.hexdigest()[:12]
+  return bench_environment.digest(folder, "layers/*.py", "models/*.py")
 
 
 class _Run:
