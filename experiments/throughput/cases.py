@@ -8,7 +8,7 @@ import math
 from typing import Any, Final, Literal
 
 import vimjax
-from vimjax import flops
+from vimjax import flops, registry
 
 Mode = Literal["inference", "training"]
 Dtype = Literal["float32", "bfloat16"]
@@ -31,7 +31,8 @@ class Case:
     dtype: Of the computation; parameters are float32.
     precision: Of float32 matrix products; None in bfloat16.
     attention: How a baseline attends: with the whole matrix of weights in
-      memory, as in the papers' comparisons, or by flash attention.
+      memory, as in the papers' comparisons, or by flash attention. None in
+      others for what they do by default.
   """
 
   model: str
@@ -46,6 +47,11 @@ class Case:
   def label(self) -> str:
     """The model, with what it attends by."""
     return self.model + (f" ({self.attention})" if self.attention else "")
+
+  @property
+  def is_baseline(self) -> bool:
+    """Whether the model is what others are compared with."""
+    return self.model in BASELINES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,8 @@ class Plan:
     modes: See `Case`.
     dtypes: See `Case`.
     precisions: Of float32 rows, the same for models and baselines.
-    flash: Whether bfloat16 rows get a flash attention baseline too.
+    flash: Whether bfloat16 rows get a flash attention baseline too, and models
+      that have some attention a second row with it.
     halve: Whether half the batch follows where a case does not fit, until all
       that are timed in turn do.
   """
@@ -148,12 +155,12 @@ PRESETS: Final[Mapping[str, Sequence[Plan]]] = {
   # The most wanted first: a time limit cuts from the end.
   "gpu": (
     _published("inference", "bfloat16"),
-    _large("inference", "bfloat16", (1248, 2048)),
+    _large("inference", "bfloat16", (1248, 2048), batch=64),
     _published("training", "bfloat16"),
     _large("inference", "float32", (1248,), batch=64),  # Vim's own setting.
     _published("inference", "float32"),
     _large("inference", "float32", (2048,)),
-    _large("inference", "bfloat16", (512, 1024)),
+    _large("inference", "bfloat16", (512, 1024), batch=64),
     _large("inference", "float32", (512, 1024)),
     _large("training", "bfloat16", (1248, 2048, 512, 1024)),
     _published("training", "float32"),
@@ -174,6 +181,12 @@ def baseline(model: str) -> str:
   return min(BASELINES, key=lambda name: abs(math.log(parameters(name)) - own))
 
 
+def can_choose_attention(model: str) -> bool:
+  """Whether a model has attention, and thus a field that says which."""
+  module = vimjax.get_variant(model).module
+  return "attention_implementation" in registry.field_names(module)
+
+
 def groups(plan: Plan) -> list[Group]:
   """The cases of a plan; those of a group belong side by side."""
   found = []
@@ -187,6 +200,12 @@ def groups(plan: Plan) -> list[Group]:
       group = [Case(model=name, **shared) for name in plan.models]
       # Flash attention takes half precision only.
       flash = plan.flash and dtype == "bfloat16"
+      if flash:
+        group += [
+          Case(model=name, attention="flash", **shared)
+          for name in plan.models
+          if can_choose_attention(name)
+        ]
       for name in sorted({baseline(name) for name in plan.models}):
         for attention in ("materialised", "flash")[: 1 + flash]:
           group.append(Case(model=name, attention=attention, **shared))

@@ -158,7 +158,7 @@ def ratios(
   attention: cases.Attention,
 ) -> tuple[float | None, float | None]:
   """Speed and peak memory in units of the baseline's, where both are known."""
-  if row.case.attention is not None:
+  if row.case.is_baseline:
     return None, None
   name = cases.baseline(row.case.model)
   base = rows.get(

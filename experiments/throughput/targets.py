@@ -14,13 +14,13 @@ def lines(rows: Sequence[measure.Row]) -> list[str]:
   found = []
   for row in rows:
     case = row.case
-    if case.mode != "inference" or case.attention is not None:
+    if case.mode != "inference" or case.is_baseline:
       continue
     dtype = case.dtype + (f", {case.precision}" if case.precision else "")
     for value, wanted, unit in _goals(row, by_case):
       if value is not None:
         found.append(
-          f"{'met' if value >= wanted else 'missed'}: {case.model} at "
+          f"{'met' if value >= wanted else 'missed'}: {case.label} at "
           f"{case.size} x {case.size}, batch {case.batch}, {dtype}: "
           f"{value:,.2f} {unit}, wanted {wanted:,g}"
         )

@@ -87,6 +87,32 @@ def test_flash_attention_stands_beside_bfloat16_rows_only():
   ]
 
 
+def test_flash_attention_inside_a_model_is_compared_too():
+  plan = cases.Plan(
+    models=("mambavision_tiny", "vim_tiny"),
+    sizes=(224,),
+    batches=(128,),
+    modes=("inference",),
+    dtypes=("bfloat16",),
+    flash=True,
+  )
+  (group,) = cases.groups(plan)
+  _, _, flash, *baselines = group.cases
+  assert flash.label == "mambavision_tiny (flash)"
+  assert [case.is_baseline for case in group.cases] == 3 * [False] + 4 * [True]
+  assert programs.build(flash).attention_implementation == "cudnn"
+  rows = {
+    case: measure.Row(
+      case=case, median_s=1.0 + case.is_baseline, images_per_second=128.0
+    )
+    for case in group.cases
+  }
+  assert report.ratios(rows[flash], rows, "materialised") == (2.0, None)
+  assert report.ratios(rows[baselines[0]], rows, "flash") == (None, None)
+  (line,) = targets.lines([rows[flash]])
+  assert line.startswith("missed: mambavision_tiny (flash) at 224 x 224")
+
+
 def test_cases_become_models():
   vim, deit = cases.groups(cases.PRESETS["cpu"][0])[0].cases
   assert deit.attention == "materialised"
@@ -407,6 +433,7 @@ def test_the_gpu_preset_asks_the_most_wanted_first():
   first, *_ = cases.groups(cases.PRESETS["gpu"][0])
   assert [case.label for case in first.cases] == [
     *("vim_tiny", "vim_small", "vmamba_tiny_s1l8", "mambavision_tiny"),
+    "mambavision_tiny (flash)",
     *("deit_small (materialised)", "deit_small (flash)"),
     *("deit_tiny (materialised)", "deit_tiny (flash)"),
   ]

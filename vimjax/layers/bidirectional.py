@@ -64,7 +64,11 @@ class BidirectionalMixer(nn.Module):
     for direction in ("forward", "backward"):
       reverse = direction == "backward"
       v = conv.DepthwiseConv1d(
-        self.conv_size, reverse, name=f"{direction}_conv", **shared
+        self.conv_size,
+        reverse,
+        activation=nn.silu,
+        name=f"{direction}_conv",
+        **shared,
       )(u)
       y = ssm.SelectiveSSM(
         state_size=self.state_size,
@@ -76,7 +80,7 @@ class BidirectionalMixer(nn.Module):
         precision=self.precision,
         name=f"{direction}_ssm",
         **shared,
-      )(nn.silu(v))
+      )(v)
       mixed.append(y)
     # The directions have the same gate: once on the mean, not once on each.
     y = 0.5 * (mixed[0] + mixed[1]) * nn.silu(z)

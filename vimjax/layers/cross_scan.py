@@ -54,6 +54,8 @@ class DirectionalDense(nn.Module):
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if x.ndim == 4:
       return jnp.einsum("bhwi,kio->bhwko", x, kernel, precision=self.precision)
+    if not basic.for_cpu():
+      return jnp.einsum("bhwki,kio->bhwko", x, kernel, precision=self.precision)
     # A product for each direction: the batched one comes channels first on a
     # CPU, and had to be transposed.
     each = [
@@ -92,7 +94,7 @@ class CrossSelectiveSSM(nn.Module):
     """Mixes an image; the result has the computation dtype."""
     n, r, k, d = self.state_size, self.dt_rank, DIRECTIONS, u.shape[-1]
     dtype = basic.compute_dtype(self.dtype, u)
-    u = basic.apart(u.astype(dtype))  # Else each reader computes it again.
+    u = basic.once(u.astype(dtype))
     dense: dict[str, Any] = dict(
       precision=self.precision, dtype=dtype, param_dtype=self.param_dtype
     )

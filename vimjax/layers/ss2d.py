@@ -79,9 +79,9 @@ class SS2D(nn.Module):
     if self.gate:
       u, z = jnp.split(u, 2, axis=-1)  # (b, h, w, e) each
     u = conv.DepthwiseConv2d(
-      self.conv_size, self.conv_bias, name="conv", **dtypes
+      self.conv_size, self.conv_bias, activate, name="conv", **dtypes
     )(u)
-    y = self._scan(activate(u), self.dt_rank or math.ceil(d / 16), dtypes)
+    y = self._scan(u, self.dt_rank or math.ceil(d / 16), dtypes)
     y = basic.layer_norm("out_norm", **dtypes)(basic.apart(y))
     y = basic.apart(y)
     if z is not None:

@@ -87,7 +87,7 @@ class SelectiveSSM(nn.Module):
         name=name,
       )
 
-    u = basic.apart(u.astype(dtype))  # Else each reader computes it again.
+    u = basic.once(u.astype(dtype))
     x = project(r + 2 * n, "x_proj")(u)
     dt, B, C = jnp.split(x, (r, r + n), axis=-1)  # (b, l, r), twice (b, l, n)
     delta = project(d, "dt_proj")(dt)

@@ -52,11 +52,14 @@ class MambaVisionMixer(nn.Module):
     )
 
     def convolve(v: Array, name: str) -> Array:
-      return nn.silu(
-        conv.DepthwiseConv1d(
-          self.conv_size, centered=True, use_bias=False, name=name, **dtypes
-        )(v)
-      )
+      return conv.DepthwiseConv1d(
+        self.conv_size,
+        centered=True,
+        use_bias=False,
+        activation=nn.silu,
+        name=name,
+        **dtypes,
+      )(v)
 
     uz = nn.Dense(d, name="in_proj", **dense)(x)
     u, z = jnp.split(uz, 2, axis=-1)  # (b, l, d / 2) each
