@@ -120,7 +120,8 @@ def _kernels(
 ) -> Iterator[tuple[int, Traffic]]:
   """Each kernel with the number of its runs."""
   for instruction in computations[entry].values():
-    if instruction.opcode in _FREE:
+    # What was started asynchronously is counted where it starts.
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
       continue
     called = instruction.attribute(r"(?:body|to_apply)=%([\w.\-]+)")
     if instruction.opcode in ("while", "call") and called:
