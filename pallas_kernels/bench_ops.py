@@ -264,7 +264,8 @@ def _scan_blocks(spec: arg_specs.ArgSpec, itemsize: int) -> Blocks:
   e = spec.d // spec.g
   forward, wide = common.LANES, False
   if spec.n == 1:
-    forward = mosaic_gpu_forward_n1.ScalarCell.for_channels(e).lanes
+    size = itemsize * (4 if spec.gate else 3)
+    forward = mosaic_gpu_forward_n1.ScalarCell.for_channels(e, size).lanes
     dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
     wide = mosaic_gpu_backward_n1.is_wide(e, dtype)
   return Blocks(

@@ -293,7 +293,8 @@ def _forward_plan(
 
 def scalar_cell(shape: tuple[int, ...]) -> mosaic_gpu_forward_n1.ScalarCell:
   """Two channels for a lane, where there are blocks enough even so."""
-  cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(shape[-1])
+  size = 3 * 4  # u, delta and y, in float32 at most.
+  cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(shape[-1], size)
   blocks = shape[0] * arguments.DIRECTIONS
   blocks *= mosaic_gpu_common.cdiv(shape[-1], cell.lanes)
   if blocks < _MANY_BLOCKS:

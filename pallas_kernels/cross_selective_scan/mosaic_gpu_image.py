@@ -7,7 +7,8 @@ after the other, and the state passes from the end of a line to the start of the
 next. A tile is a part of a line: with TMA a box of (1, tokens, channels) of an
 image (h, w, d) for rows, and of (tokens, 1, channels) for columns. So u, delta
 and the results are read and written where they are, whatever the direction.
-What reaches beyond the line is clipped by TMA, and not computed.
+What reaches beyond the line is clipped by TMA, or has room (`mosaic_gpu_walk`),
+and is not computed.
 
 B, C and checkpoints, small, are kept line by line in the order of their
 direction, each line with a multiple of `unit` tokens.
@@ -63,6 +64,9 @@ class Image(mosaic_gpu_walk.Walk):
     # The directions share u and dy.
     directions = () if name in ("u", "dy") else (self.g,)
     return (self.b, self.h, self.w, *directions, self.e)
+
+  def token_strides(self, e: int) -> tuple[int, ...]:
+    return (self.g * e, self.w * self.g * e)
 
   def sequence_dtype(self, name: str, dtype: DTypeLike) -> DTypeLike:
     # Summed over the directions before it is rounded.

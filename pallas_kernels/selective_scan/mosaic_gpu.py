@@ -38,6 +38,10 @@ from pallas_kernels.selective_scan import (
 
 MAX_STATES: Final = 64  # As many as a lane can keep in registers.
 
+# With more, a block of the backward kernel has too few channels for copies of
+# single tokens in bfloat16.
+_MAX_STATES_OF_ROWS: Final = 32
+
 # An element's position in its array must fit a signed 32-bit integer.
 MAX_ELEMENTS: Final = 2**31 - 1
 
@@ -82,6 +86,13 @@ def why_not_interpreted(
   n = args.A.shape[1]
   if n > MAX_STATES:
     return f"`A` has {n} states per channel, it takes at most {MAX_STATES}"
+  e, unit = d // args.B.shape[2], _unit(args)
+  if n > _MAX_STATES_OF_ROWS and unit > 4 and e % unit:
+    return (
+      f"`A` has {n} states per channel, and a group has {e} channels, no "
+      f"multiple of {unit}: in bfloat16 it then takes at most "
+      f"{_MAX_STATES_OF_ROWS} states"
+    )
   sizes = {
     "`u`": b * l * d,
     "`B`": args.B.size,
@@ -198,11 +209,8 @@ def _prepare(args: arguments.Arguments) -> _Inputs:
   """The arrays as `_Inputs` has them: dtypes, dimensions, padding."""
   d = args.u.shape[2]
   g, n = args.B.shape[2:]
-  itemsize = min(
-    x.dtype.itemsize for x in (args.u, args.delta, args.z) if x is not None
-  )
-  unit = mosaic_gpu_common.TMA_BYTES // itemsize
-  channels = functools.partial(pad_channels, g=g, padding=-(d // g) % unit)
+  padding = -(d // g) % _unit(args)
+  channels = functools.partial(pad_channels, g=g, padding=padding)
   pad_states = functools.partial(
     pad_last, padding=0 if n == 1 else -n % mosaic_gpu_common.VECTOR
   )
@@ -234,6 +242,13 @@ def _prepare(args: arguments.Arguments) -> _Inputs:
       lambda x: channels(states(x), axis=1), args.initial_state
     ),
   )
+
+
+def _unit(args: arguments.Arguments) -> int:
+  """Channels of a TMA unit in the narrowest of the sequences."""
+  sequences = (args.u, args.delta, args.z)
+  itemsize = min(x.dtype.itemsize for x in sequences if x is not None)
+  return mosaic_gpu_common.TMA_BYTES // itemsize
 
 
 def pad_channels(x: jax.Array, *, axis: int, g: int, padding: int):
@@ -310,7 +325,12 @@ def _run_forward(
   g = inputs.B.shape[1]
   d, n = inputs.A.shape
   if n == 1:
-    cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(d // g)
+    size = sum(
+      x.dtype.itemsize
+      for x in (inputs.u, inputs.delta, inputs.z, inputs.u)  # And y.
+      if x is not None
+    )
+    cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(d // g, size)
   else:
     cell = mosaic_gpu_forward.VectorCell(n)
   plan = mosaic_gpu_forward.Plan(

@@ -149,7 +149,9 @@ def _first_phase(
   tile = math.lcm(config.tile, tile)
   cell: mosaic_gpu_forward.Cell = mosaic_gpu_forward.VectorCell(n)
   if n == 1:
-    cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(e)
+    sequences = (inputs.dy, inputs.delta, inputs.z)
+    size = sum(x.dtype.itemsize for x in sequences if x is not None)
+    cell = mosaic_gpu_forward_n1.ScalarCell.for_channels(e, size)
     tile = math.lcm(tile, 32)  # A copy of C has at least 128 bytes.
   return mosaic_gpu_forward.Plan(
     b=b,
@@ -255,17 +257,20 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
 
 def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   """Partial sums have the blocks that made them as leading dimensions."""
-  b, l, g, k = plan.b, plan.l, plan.g, plan.chunks
+  b, g, k = plan.b, plan.g, plan.chunks
   blocks = plan.channel_blocks
+  # Whole tiles: those of dB and dC are contiguous, see `mosaic_gpu_walk`.
+  rows = (b * g * blocks, common.cdiv(plan.l, plan.tile) * plan.tile)
+  rows += (plan.n // common.VECTOR, common.VECTOR)
   state = (b * k, g, blocks * plan.rows, *plan.state_shape[1:])
   shapes = {
-    "u": plan.sequence_shape("du"),
-    "delta": plan.sequence_shape("ddelta"),
+    "u": (),
+    "delta": (),
     "A": state,
-    "B": (b * g * blocks, l, plan.n // common.VECTOR, common.VECTOR),
-    "C": (b * g * blocks, l, plan.n // common.VECTOR, common.VECTOR),
+    "B": rows,
+    "C": rows,
     "D": (b * k, g, blocks, *plan.group_shape),
-    "z": plan.sequence_shape("dz"),
+    "z": (),
     "delta_bias": (b * k, g, blocks, *plan.group_shape),
     "dstate": state,
   }
@@ -274,10 +279,10 @@ def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     x = getattr(inputs, name)
     if x is None and name != "dstate":
       continue
-    dtype = jnp.float32
     if name in ("u", "delta", "z"):
-      dtype = plan.sequence_dtype("d" + name, x.dtype)
-    out[name] = jax.ShapeDtypeStruct(shape, dtype)
+      out[name] = plan.result("d" + name, x.dtype, plan.tile, plan.channels)
+    else:
+      out[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
   return out
 
 
@@ -290,7 +295,7 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
     if name in ("u", "delta", "z"):
       x = plan.unview(x)
     elif name in ("B", "C"):
-      x = x.reshape(b, g, -1, l, n).sum(2)
+      x = x.reshape(b, g, plan.channel_blocks, -1, n)[:, :, :, :l].sum(2)
     elif name in ("A", "dstate"):
       x = x.sum(0) if name == "A" else plan.first_chunk(x)
       x = x.reshape(-1, g, plan.channel_blocks * plan.channels, pad_n)

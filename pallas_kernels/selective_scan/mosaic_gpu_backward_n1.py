@@ -63,7 +63,8 @@ def scan(
     interpret=interpret,
     lane_semantics=True,
   )(*arrays.values())
-  return _unblocked(dict(zip(out_type, results, strict=True)), plan)
+  results = dict(zip(out_type, results, strict=True))
+  return _unblocked(results, plan, inputs.B.shape[-1])
 
 
 def _blocked(
@@ -96,25 +97,25 @@ def _out_type(
   b, g, k = plan.b, plan.g, plan.chunks
   blocks = plan.channel_blocks
   out = {}
+  # Whole tiles of dB and dC, see `mosaic_gpu_walk`.
+  tokens = common.cdiv(plan.l, plan.tile) * plan.tile
   for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "dstate"):
-    dtype = jnp.float32
     if name in ("u", "delta", "z"):
-      shape = plan.sequence_shape("d" + name)
       if name in arrays:
-        dtype = plan.sequence_dtype("d" + name, arrays[name].dtype)
+        dtype = arrays[name].dtype
+        out[name] = plan.result("d" + name, dtype, plan.tile, plan.channels)
     elif name in ("B", "C"):
-      shape = (b, g * blocks, arrays["rows"].shape[-1])
-    else:
+      out[name] = jax.ShapeDtypeStruct((b, g * blocks, tokens), jnp.float32)
+    elif name in arrays or name == "dstate":
       shape = (b * k, g, blocks * plan.channels)
-    if name in arrays or name in ("B", "C", "dstate"):
-      out[name] = jax.ShapeDtypeStruct(shape, dtype)
+      out[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
   return out
 
 
 def _unblocked(
-  results: dict[str, jax.Array], plan: Plan
+  results: dict[str, jax.Array], plan: Plan, tokens: int
 ) -> mosaic_gpu_backward_plan.Outputs:
-  """The results with the shapes of `Outputs`."""
+  """The results with the shapes of `Outputs`, of so many tokens in B and C."""
   b, g, e = plan.b, plan.g, plan.e
   d = g * e
   fields = mosaic_gpu_backward_plan.Outputs._fields
@@ -123,7 +124,7 @@ def _unblocked(
     if name in ("u", "delta", "z"):
       x = plan.unview(x)
     elif name in ("B", "C"):
-      x = x.reshape(b, g, plan.channel_blocks, -1).sum(2)
+      x = x.reshape(b, g, plan.channel_blocks, -1)[..., :tokens].sum(2)
     elif name == "dstate":
       x = plan.first_chunk(x)[..., :e].reshape(b, d, 1)
     else:

@@ -181,6 +181,11 @@ class Plan(Sizes):
         f"Config: `backward_tile` must be a multiple of {self.group}, got "
         f"{self.tile}."
       )
+    if self.tile * self.vectors < 8:
+      raise ValueError(
+        "Config: `backward_tile` must be at least 8 for four states, because "
+        f"copies have at least 128 bytes, got {self.tile}."
+      )
 
   @property
   def vectors(self) -> int:

@@ -6,10 +6,10 @@ states in registers and walks the tokens one after the other, so nothing but
 the loads connects lanes. Tiles of tokens arrive in shared memory by TMA, the
 next ones while this one is computed; y leaves the same way.
 
-Ragged sizes cost no copies: TMA fills what it reads beyond the channels of a
-group or the last token with zeros, and does not write there. Steps beyond the
-last token are not run at all. For widths that TMA cannot take so, see
-`mosaic_gpu_walk`.
+Ragged sizes cost no copies of what is long: TMA fills what it reads beyond the
+channels of a group or the last token with zeros, and does not write there.
+Steps beyond the last token are not run at all. For widths that TMA cannot take
+so, and results for which there is no TMA, see `mosaic_gpu_walk`.
 
 b batch, l length, d channels, n state size, g groups, e = d // g channels of a
 group, k chunks.
@@ -92,21 +92,33 @@ def _blocked(inputs: Inputs, plan: Plan) -> dict[str, jax.Array]:
 
 
 def _out_type(inputs: Inputs, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-  b, g, e = plan.b, plan.g, plan.e
+  g, lanes = plan.g, plan.cell.lanes
   n = plan.cell.state_shape()[1:]
+  # The states of a block are contiguous: whole blocks, see `mosaic_gpu_walk`.
+  whole = (plan.b * plan.chunks, g, plan.channel_blocks * lanes)
   out = {}
   if not plan.states_only:
-    out["y"] = jax.ShapeDtypeStruct(
-      plan.sequence_shape("y"), plan.sequence_dtype("y", inputs.u.dtype)
-    )
+    out["y"] = plan.result("y", inputs.u.dtype, plan.config.tile, lanes)
   if plan.final_state:
-    out["state"] = jax.ShapeDtypeStruct((b * plan.chunks, g, e, *n), "float32")
+    out["state"] = jax.ShapeDtypeStruct((*whole, *n), "float32")
   if plan.states_only:
-    out["delta_sum"] = jax.ShapeDtypeStruct((b * plan.chunks, g, e), "float32")
+    out["delta_sum"] = jax.ShapeDtypeStruct(whole, "float32")
   if plan.checkpoint_tile:
     tiles = common.cdiv(plan.l, plan.checkpoint_tile)
-    out["checkpoints"] = jax.ShapeDtypeStruct((b, tiles, g, e, *n), "float32")
+    shape = (plan.b, tiles, g, _checkpoint_channels(plan, tiles), *n)
+    out["checkpoints"] = jax.ShapeDtypeStruct(shape, "float32")
   return out
+
+
+def _checkpoint_channels(plan: Plan, tiles: int) -> int:
+  """Channels of a group for which checkpoints have room."""
+  lanes, count = plan.cell.lanes, plan.checkpoints_per_tile
+  if count == 1:  # Contiguous, whatever the stride from one to the next.
+    return plan.channel_blocks * lanes
+  overhangs = plan.g > 1 or tiles % count != 0
+  if plan.g * plan.e == lanes and overhangs:
+    return plan.e + common.VECTOR  # Any other stride will do.
+  return plan.e
 
 
 def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
@@ -116,7 +128,8 @@ def _unblocked(results: dict[str, jax.Array], plan: Plan) -> Outputs:
   for name, x in results.items():
     if name == "y":
       out[name] = plan.unview(x)
-    else:
-      n = plan.cell.state_shape()[1:] if name != "delta_sum" else ()
-      out[name] = x.reshape(plan.b, -1, d, *n)
+      continue
+    n = plan.cell.state_shape()[1:] if name != "delta_sum" else ()
+    x = x.reshape(plan.b, -1, plan.g, x.shape[x.ndim - 1 - len(n)], *n)
+    out[name] = x[:, :, :, : plan.e].reshape(plan.b, -1, d, *n)
   return Outputs(**out)

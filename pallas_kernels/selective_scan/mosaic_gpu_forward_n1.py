@@ -16,6 +16,10 @@ from pallas_kernels.selective_scan import mosaic_gpu_common as common
 # A copy of B or C has at least 128 bytes.
 _LEAST_TOKENS: Final = 32
 
+# Of u, delta, z and y together, for each token and channel: with more, twice as
+# many channels do not fit into shared memory.
+_MOST_BYTES: Final = 12
+
 
 @dataclasses.dataclass(frozen=True)
 class ScalarCell:
@@ -24,13 +28,18 @@ class ScalarCell:
   lanes: int
 
   @classmethod
-  def for_channels(cls, e: int) -> "ScalarCell":
-    """Two channels for each lane, unless half a block would have none."""
+  def for_channels(cls, e: int, size: int) -> "ScalarCell":
+    """Two channels for each lane, unless half a block would have none.
+
+    Args:
+      e: Channels of a group.
+      size: Bytes of all sequences that come and go, for a token and channel.
+    """
     wide = 2 * common.LANES
     pays = (
       common.cdiv(e, wide) * wide == common.cdiv(e, common.LANES) * common.LANES
     )
-    return cls(wide if pays else common.LANES)
+    return cls(wide if pays and size <= _MOST_BYTES else common.LANES)
 
   def row_shape(self, tokens):
     return (max(tokens, _LEAST_TOKENS),)

@@ -9,6 +9,13 @@ units. Where they are not, what comes is seen as one row of numbers, which has
 no strides to be aligned, and each token is copied by itself; more channels come
 with it, which `Walk.of_group` takes out. What goes has room for whole units.
 
+TMA fills what a copy reads beyond the array with zeros, and clips what it would
+write there. But JAX turns a copy to memory into a plain one, cut at the end of
+the whole array only, wherever the box of the copy is contiguous in the array
+(dimensions of one element aside). So that no such box reaches beyond a
+dimension, into what another block writes, results have room there, which is cut
+off afterwards. The interpreter clips all boxes.
+
 b batch, l length, d channels, g groups, e = d // g channels of a group.
 """
 
@@ -83,9 +90,8 @@ class Walk:
 
   def unview(self, x: jax.Array) -> jax.Array:
     """y, du, ddelta or dz, as the kernels write it, as (b, l, d)."""
-    if self.width is not None:
-      x = x[..., : self.width]
-    return x.reshape(self.b, -1, self.g * (self.width or self.e))
+    e = self.width or self.e
+    return x[..., :e].reshape(self.b, -1, self.g * e)
 
   def copies(self, size: int) -> int:
     """In how many copies a tile of a sequence comes."""
@@ -95,6 +101,28 @@ class Walk:
     """Of u, delta, z, y, dy, du, ddelta or dz, unless it is one row."""
     del name
     return (self.b, self.l, self.g, self.e)
+
+  def result(
+    self, name: str, dtype: DTypeLike, size: int, channels: int
+  ) -> jax.ShapeDtypeStruct:
+    """y, du, ddelta or dz as the kernels write it, with room where needed.
+
+    Args:
+      name: Which of them.
+      dtype: That of u, delta or z.
+      size: Tokens of a tile.
+      channels: Of a block.
+    """
+    *shape, e = self.sequence_shape(name)
+    dtype = jnp.dtype(self.sequence_dtype(name, dtype))
+    if self.is_ragged(size) or self.e % channels:
+      while channels in self.token_strides(e):
+        e += common.TMA_BYTES // dtype.itemsize
+    return jax.ShapeDtypeStruct((*shape, e), dtype)
+
+  def token_strides(self, e: int) -> tuple[int, ...]:
+    """From a token to the next in a result with `e` channels in a group."""
+    return (self.g * e,)
 
   def sequence_dtype(self, name: str, dtype: DTypeLike) -> DTypeLike:
     """In which y is written if u has `dtype`, or du, ddelta, dz likewise."""

@@ -160,12 +160,12 @@ def as_arguments(case, gradients):
   [
     # A tile of which half stays in registers, the last one ragged.
     Case(l=11, g=2, n=8, tile=8),
-    Case(b=2, l=6, e=12, n=4, reverse=True),
+    Case(b=2, l=14, e=12, n=4, reverse=True, tile=8),
     Case(l=4, e=8, n=16, optional=False),
     Case(l=5, e=8, n=12, optional=False, reverse=True),
     # Two blocks of a group.
     Case(l=3, e=136, n=8, dtype="bfloat16"),
-    Case(l=36, n=4, chunks=3),
+    Case(l=36, n=4, chunks=3, tile=8),
     Case(l=18, n=1, reverse=True),
     Case(b=2, l=7, e=136, n=1, tile=16, dtype="bfloat16"),
     Case(l=3, g=2, n=1, tile=16, optional=False),

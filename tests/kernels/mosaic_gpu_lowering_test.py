@@ -14,7 +14,11 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.selective_scan import arg_specs, mosaic_gpu
+from pallas_kernels.selective_scan import (
+  arg_specs,
+  mosaic_gpu,
+  mosaic_gpu_backward_plan,
+)
 
 H100 = AbstractDevice(
   device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
@@ -341,3 +345,31 @@ def test_the_choice_and_its_reason_are_logged(caplog):
   (line,) = [r.message for r in caplog.records]
   assert "'xla_associative'" in line
   assert "'mosaic_gpu': `A` has 65 states" in line
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_many_states_of_odd_widths_go_elsewhere_in_bfloat16(dtype):
+  spec = arg_specs.ArgSpec(b=2, l=9, d=147, n=40, source="")
+  with on_h100():
+    text = lower(gradient(scan()), shapes(spec, dtype))
+    assert bool(kernels(text)) == (dtype == jnp.float32)
+    if dtype == jnp.bfloat16:
+      with pytest.raises(
+        pallas_kernels.UnsupportedError, match="at most 32 states"
+      ):
+        lower(scan("mosaic_gpu"), shapes(spec, dtype))
+
+
+def test_short_copies_of_a_backward_tile_are_refused():
+  with pytest.raises(ValueError, match="`backward_tile` must be at least 8"):
+    mosaic_gpu_backward_plan.Plan(
+      b=1,
+      l=8,
+      g=1,
+      e=8,
+      softplus=True,
+      reverse=False,
+      tile=4,
+      tiles_per_chunk=2,
+      n=4,
+    )

@@ -111,6 +111,16 @@ def _quick(name):
   return vimjax.create_model(name, num_classes=10, **less)
 
 
+@pytest.mark.parametrize(
+  "name", ["vim_tiny", "vmamba_tiny_s1l8", "mambavision_tiny", "deit_tiny"]
+)
+def test_models_can_be_tabulated(name):
+  table = _quick(name).tabulate(
+    jax.random.key(0), jnp.zeros(_IMAGES.shape), console_kwargs={"width": 200}
+  )
+  assert "Total Parameters" in table
+
+
 def _pooled_and_feature_shapes(model):
   """What `_IMAGES` should give."""
   if isinstance(model, vimjax.Vim | vimjax.DeiT):

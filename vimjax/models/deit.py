@@ -121,6 +121,7 @@ class DeiT(nn.Module):
     attention.check_implementation("DeiT", self.attention_implementation)
     self.grid(self.image_size)
 
+  @nn.nowrap  # No part of the computation.
   def grid(self, size: int | tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches in an image.
 
@@ -138,6 +139,7 @@ class DeiT(nn.Module):
       )
     return h // self.patch_size, w // self.patch_size
 
+  @nn.nowrap  # No part of the computation.
   def resize_pos_embed(
     self,
     position: Float[Array, "tokens d"],

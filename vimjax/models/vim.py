@@ -137,6 +137,7 @@ class Vim(nn.Module):
     checks.probability(self, "drop_path_rate")
     self.grid(self.image_size)
 
+  @nn.nowrap  # No part of the computation.
   def grid(self, size: int | tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches in an image.
 
@@ -155,10 +156,12 @@ class Vim(nn.Module):
     h, w = ((side - self.patch_size) // self.stride + 1 for side in pair)
     return h, w
 
+  @nn.nowrap  # No part of the computation.
   def class_row(self, patches: int) -> int | None:
     """Position of the class token among `patches` patches, if there is one."""
     return {"middle": patches // 2, "first": 0, "none": None}[self.class_token]
 
+  @nn.nowrap  # No part of the computation.
   def resize_pos_embed(
     self,
     position: Float[Array, "tokens d"],
