@@ -5,7 +5,8 @@ slices along a sharded dimension. Operations that are independent along some
 dimensions are therefore wrapped in `jax.shard_map` here, so that each device
 works on its own part and nothing is gathered.
 
-Which part that is, given a mesh set by `jax.set_mesh`:
+Which part that is, given a mesh set by `jax.set_mesh`, or without one the mesh
+in the type of the leading array, if it has Explicit axes:
 
 * **Manual axes** (the caller is inside `shard_map`) are the caller's business.
 * **Explicit axes** split what they split in the type of the leading array.
@@ -90,12 +91,28 @@ def per_shard(
 
   specs = {name: split.spec(layouts[name]) for name in given}
   out_specs = jax.tree.map(split.spec, out_layouts)
+  mesh = mesh_of(given[lead])
   return jax.shard_map(
     body,
+    mesh=mesh,
     in_specs=(specs,),
     out_specs=out_specs,
     axis_names=split.mesh_axes,
-  )(_reshard_explicit(given, specs))
+  )(_reshard_explicit(given, specs, mesh))
+
+
+def mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh | jax.sharding.Mesh:
+  """The mesh in context, else the one that x is split over explicitly.
+
+  An array on Explicit axes brings its mesh along in its type, whether or not
+  `jax.set_mesh` has set one. Without either the mesh is empty.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  own = jax.typeof(x).sharding.mesh
+  if not mesh.empty or not own.explicit_axes:
+    return mesh
+  # Outside of jit devices are needed, to bring other arrays there.
+  return own if isinstance(x, jax.core.Tracer) else x.sharding.mesh
 
 
 def full(
@@ -124,7 +141,7 @@ def vary_like(x: jax.Array, *, like: jax.Array) -> jax.Array:
 
 def sequence_shards(x: jax.Array, layout: str) -> int:
   """Over how many shards `per_shard` would split the tokens if they divided."""
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh = mesh_of(x)
   free, explicit = _usable_axes(mesh)
   _, _, tokens = _wanted(x, layout, free, explicit)
   return math.prod(mesh.shape[name] for name in tokens)
@@ -136,12 +153,12 @@ def plan(
   lead: str,
   split_tokens: bool = False,
 ) -> Split | None:
-  """How `per_shard` splits over the mesh in context.
+  """How `per_shard` splits over the mesh of the leading array.
 
   None is to leave everything as it is: there is no mesh, the caller has made
   all its axes manual, or it has one device.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  mesh = mesh_of(arrays[lead])
   free, explicit = _usable_axes(mesh)
   if not explicit and math.prod(mesh.shape[name] for name in free) == 1:
     return None
@@ -217,11 +234,12 @@ def _dividing(
 
 
 def _reshard_explicit(
-  arrays: Mapping[str, jax.Array], specs: Mapping[str, jax.P]
+  arrays: Mapping[str, jax.Array],
+  specs: Mapping[str, jax.P],
+  mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh,
 ) -> Mapping[str, jax.Array]:
   """Brings arrays on Explicit axes to what `shard_map` is about to demand."""
-  mesh = jax.sharding.get_abstract_mesh()
-  explicit = set(mesh.explicit_axes)
+  explicit = set(mesh.abstract_mesh.explicit_axes)
   if not explicit:
     return arrays
 
@@ -229,7 +247,8 @@ def _reshard_explicit(
     entries = (
       tuple(n for n in _names(entry) if n in explicit) or None for entry in spec
     )
-    return jax.sharding.reshard(x, jax.P(*entries))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*entries))
+    return jax.sharding.reshard(x, sharding)
 
   return {name: reshard(x, specs[name]) for name, x in arrays.items()}
 

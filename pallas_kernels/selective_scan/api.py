@@ -124,10 +124,11 @@ def selective_scan(
 
   Reverse-mode differentiable with respect to every array (more than once only
   with "xla_associative" and "reference"), under `jax.jit`, `jax.vmap`,
-  `jax.checkpoint` and `jax.shard_map`. On a mesh set by `jax.set_mesh` it runs
-  per shard over batch, channels and tokens (split tokens are scanned twice, and
-  exchange one state per device); the rules are those of
-  `pallas_kernels.partition`. NaN and infinity propagate.
+  `jax.checkpoint` and `jax.shard_map`. On a mesh set by `jax.set_mesh`, and
+  on the Explicit axes of arrays without one, it runs per shard over batch,
+  channels and tokens (split tokens are scanned twice, and exchange one state
+  per device); the rules are those of `pallas_kernels.partition`. NaN and
+  infinity propagate.
 
   Args:
     u: The input.

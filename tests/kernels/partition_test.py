@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 import jax.numpy as jnp
@@ -72,6 +73,21 @@ def test_a_mesh_changes_no_result(implementation, kind, axes, split):
   suite.assert_matches(got, suite.expected(_EVEN))
   wanted = NamedSharding(mesh, P(*(split.get(letter) for letter in "bld")))
   assert got[0]["y"].sharding.is_equivalent_to(wanted, 3)
+
+
+def test_explicit_axes_come_with_the_arrays_where_no_mesh_is_set():
+  arrays = suite.make_arrays(_EVEN)
+  placed = _place(_mesh(EXPLICIT, data=8), arrays, b="data")
+  got = _run(None, _EVEN, placed)
+  suite.assert_matches(got, suite.expected(_EVEN))
+  assert len(got[0]["y"].addressable_shards[0].data) == 1
+
+  # Outside of jit too, the parameters being on one device as they were made.
+  del placed["dy"], placed["dstate"]
+  placed |= {name: jnp.asarray(arrays[name]) for name in ("A", "D")}
+  y = pallas_kernels.selective_scan(**placed, **dict(_EVEN.options))
+  chex.assert_trees_all_close(y, got[0]["y"], rtol=1e-5, atol=1e-6)
+  assert y.sharding == got[0]["y"].sharding
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])

@@ -1,5 +1,6 @@
 """Vim against the official model, and what our module adds to it."""
 
+import contextlib
 import functools
 
 import chex
@@ -392,16 +393,19 @@ def test_remat_recomputes_the_same_drop_path_in_less_memory():
   assert memory[1] < 0.6 * memory[0]
 
 
-def test_a_mesh_of_explicit_axes_gives_the_same_numbers():
+@pytest.mark.parametrize(
+  "context", [jax.set_mesh, contextlib.nullcontext], ids=["set", "of_arrays"]
+)
+def test_a_mesh_of_explicit_axes_gives_the_same_numbers(context):
   model, variables, images = _small(
     scan_layers=True, remat=True, drop_path_rate=0.5
   )
   images = np.tile(images, (4, 1, 1, 1))
   want = _value_and_gradient(model, variables, images, train=True)
   mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Explicit,))
-  with jax.set_mesh(mesh):
-    sharded = jax.device_put(images, jax.P("data"))
-    replicated = jax.device_put(variables, jax.P())
+  sharded = jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
+  replicated = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
+  with context(mesh):
     got = _value_and_gradient(model, replicated, sharded, train=True)
   chex.assert_trees_all_close(
     jax.device_get(got), jax.device_get(want), rtol=1e-4, atol=1e-5

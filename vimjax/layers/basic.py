@@ -22,6 +22,24 @@ def compute_dtype(dtype: Dtype | None, x: Array) -> jnp.dtype:
   return jax.dtypes.canonicalize_dtype(x.dtype if dtype is None else dtype)
 
 
+def repeat_for_images(
+  token: Float[Array, "d"], *, like: Float[Array, "b l d"]
+) -> Float[Array, "b 1 d"]:
+  """One token for every image, split over an explicit mesh as the images are.
+
+  Args:
+    token: What to repeat.
+    like: The other tokens of the images.
+  """
+  rows = like[:, :1]
+  repeated = jnp.zeros_like(rows) + token
+  wanted = jax.typeof(rows).sharding
+  if jax.typeof(repeated).sharding == wanted or not wanted.mesh.explicit_axes:
+    return repeated
+  # Under jit, with no mesh in context, zeros_like forgets how rows is split.
+  return jax.sharding.reshard(repeated, wanted)
+
+
 def uniform(bound: float) -> Initializer:
   """Draws from [-bound, bound)."""
 

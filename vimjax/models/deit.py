@@ -238,8 +238,7 @@ class DeiT(nn.Module):
     token = self.param(
       "class_token", nn.initializers.normal(1e-6), (d,), self.param_dtype
     )
-    # Not broadcast_to: this has the sharding of x on an explicit mesh.
-    token = jnp.zeros_like(x[:, :1]) + token.astype(wide)
+    token = basic.repeat_for_images(token.astype(wide), like=x)
     made_for = self.grid(self.image_size)
     position = self.param(
       "pos_embed",

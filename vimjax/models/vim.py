@@ -274,8 +274,7 @@ class Vim(nn.Module):
     if row is not None:
       tokens += 1
       token = self.param("class_token", init, (d,), self.param_dtype)
-      # Not broadcast_to: this has the sharding of x on an explicit mesh.
-      token = jnp.zeros_like(x[:, :1]) + token.astype(wide)
+      token = basic.repeat_for_images(token.astype(wide), like=x)
       x = jnp.concatenate([x[:, :row], token, x[:, row:]], axis=1)
     position = self.param("pos_embed", init, (tokens, d), self.param_dtype)
     return x + self.resize_pos_embed(position.astype(wide), made_for, (h, w))
