@@ -21,8 +21,6 @@ a run of yours trained on a folder only "validation", what such a run holds out.
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-import dataclasses
-import math
 import pathlib
 import re
 import sys
@@ -108,42 +106,6 @@ def _split_of_folder(data: str, metadata: Mapping[str, str]) -> str:
     file=sys.stderr,
   )
   return "validation"
-
-
-def preparation(
-  found: pretrained.Checkpoint,
-  model: Any,
-  usual: variants.Preprocessing,
-  image_size: int | None = None,
-) -> variants.Preprocessing:
-  """How the images for some weights are prepared.
-
-  Args:
-    found: The weights.
-    model: Of their family and their strides.
-    usual: For what neither the file nor its positional embedding says.
-    image_size: Instead of theirs, in pixels.
-
-  Raises:
-    ValueError: As `eval_images.recorded`.
-  """
-  side = _side_of_grid(found, model) or usual.size
-  otherwise = dataclasses.replace(usual, size=side)
-  return eval_images.recorded(found.metadata, otherwise, image_size=image_size)
-
-
-def _side_of_grid(found: pretrained.Checkpoint, model: Any) -> int | None:
-  """Of the images that the positional embedding in a file of ours is for."""
-  position = found.state_dict.get("pos_embed")
-  if found.variables is None or position is None:
-    return None
-  patches = np.shape(position)[-2]
-  patches -= getattr(model, "class_token", "first") != "none"
-  side = math.isqrt(patches)
-  if side * side != patches:
-    return None
-  stride = getattr(model, "stride", model.patch_size)
-  return (side - 1) * stride + model.patch_size
 
 
 def label_table(names: Sequence[str] | None, classes: int) -> np.ndarray:
@@ -251,19 +213,14 @@ def _count(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
-  model = vimjax.create_model(args.model)
+  vimjax.get_variant(args.model)  # Before anything is downloaded.
   path = args.weights or download.fetch(
     published.checkpoint(args.model, "evaluate"),
     accept_license=args.accept_license,
   )
-  found = pretrained.read(model, path, args.which)
   with pretrained.naming(path):
-    how = preparation(
-      found,
-      model,
-      vimjax.get_variant(args.model).preprocessing,
-      args.image_size,
-    )
+    found = pretrained.read_as(args.model, path, args.which)
+    how = found.preprocessing(args.model, image_size=args.image_size)
     model = convert.resized(
       found.model(args.model, dtype=checks.DTYPES[args.dtype]), how.size
     )

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 CHANNEL_AXES = ("model", "tensor", "channel")
 SEQUENCE_AXES = ("sequence",)
@@ -111,8 +111,11 @@ def mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh | jax.sharding.Mesh:
   own = jax.typeof(x).sharding.mesh
   if not mesh.empty or not own.explicit_axes:
     return mesh
+  if isinstance(x, jax.core.Tracer):
+    return own
   # Outside of jit devices are needed, to bring other arrays there.
-  return own if isinstance(x, jax.core.Tracer) else x.sharding.mesh
+  sharding = x.sharding
+  return sharding.mesh if isinstance(sharding, NamedSharding) else own
 
 
 def full(
@@ -186,7 +189,7 @@ def plan(
 
 
 def _usable_axes(
-  mesh: jax.sharding.AbstractMesh,
+  mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh,
 ) -> tuple[list[str], list[str]]:
   """Axes that the caller has not made manual; of these, the Explicit ones."""
   types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -247,7 +250,7 @@ def _reshard_explicit(
     entries = (
       tuple(n for n in _names(entry) if n in explicit) or None for entry in spec
     )
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(*entries))
+    sharding = NamedSharding(mesh, jax.P(*entries))
     return jax.sharding.reshard(x, sharding)
 
   return {name: reshard(x, specs[name]) for name, x in arrays.items()}

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from vimjax import command_line, onnx_program, optional, registry
-from vimjax.weights import pretrained
+from vimjax.weights import convert, pretrained
 
 # What ONNX has operations for: a loop over tokens, and products of matrices.
 _PLAIN: Final = {
@@ -134,18 +134,20 @@ def main(argv: Sequence[str] | None = None) -> int:
   add(
     "--size",
     type=command_line.positive_integer,
-    help="side of the images; default: the published one",
+    help="side of the images; default: that of the weights",
   )
   args = parser.parse_args(argv)
-  size = registry.get_variant(args.name).preprocessing.size
-  size = size if args.size is None else args.size
   output = args.output or pathlib.Path(f"{args.name}.{args.format}")
   try:
-    found = pretrained.read(registry.create_model(args.name), args.weights)
-    # Scanned layers make a program of a fraction of the size.
-    model = registry.with_scan_layers(found.model(args.name), True)
+    with pretrained.naming(args.weights):
+      found = pretrained.read_as(args.name, args.weights)
+      size = found.preprocessing(args.name, image_size=args.size).size
+      model = convert.resized(found.model(args.name), size)
+      # Scanned layers make a program of a fraction of the size.
+      model = registry.with_scan_layers(model, True)
+      variables = found.convert_for(model)
     write = _FORMATS[args.format]
-    data = write(model, found.convert_for(model), image_size=size)
+    data = write(model, variables, image_size=size)
     output.write_bytes(data)
   except (
     OSError,

@@ -7,6 +7,7 @@ standard error, the others go on, and the exit code is 1.
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
 import itertools
 import json
 import sys
@@ -23,8 +24,9 @@ from vimjax import (
   optional,
   preprocessing,
   registry,
+  variants,
 )
-from vimjax.weights import download, pretrained, published
+from vimjax.weights import convert, download, pretrained, published, trained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   try:
     optional.require("PIL.Image", extra="image")
-    model, variables = _load(args)
+    loaded = _load(args)
   except (OSError, ValueError, ModuleNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  results = _predict_all(model, variables, args)
+  results = _predict_all(loaded, args)
   print(json.dumps(results, indent=2) if args.json else _table(results))
   return int(any("error" in result for result in results))
 
@@ -88,7 +90,17 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+  """A model, its weights, how its images are prepared, its classes' names."""
+
+  model: nn.Module
+  variables: Any
+  preprocessing: variants.Preprocessing
+  class_names: Sequence[str] | None
+
+
+def _load(args: argparse.Namespace) -> _Loaded:
   path = args.weights
   if path is None:
     path = download.fetch(
@@ -97,20 +109,26 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
       consent="--accept-license",
     )
   which = "ema" if args.ema else "model"
-  found = pretrained.read(registry.create_model(args.model), path, which)
-  # Scanned layers compile in a fraction of the time.
-  model = registry.with_scan_layers(found.model(args.model), True)
-  return model, found.convert_for(model)
+  with pretrained.naming(path):
+    found = pretrained.read_as(args.model, path, which)
+    how = found.preprocessing(args.model)
+    model = convert.resized(found.model(args.model), how.size)
+    # Scanned layers compile in a fraction of the time.
+    model = registry.with_scan_layers(model, True)
+    names = trained.class_names(found.metadata) or imagenet_classes.names()
+    if len(names) != model.num_classes:
+      names = None
+    return _Loaded(model, found.convert_for(model), how, names)
 
 
 def _predict_all(
-  model: nn.Module, variables: Any, args: argparse.Namespace
+  loaded: _Loaded, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
   """One entry per image, in order; unreadable ones have an "error"."""
 
   @jax.jit
   def probabilities(variables: Any, images: jax.Array) -> jax.Array:
-    logits: Any = model.apply(variables, images)
+    logits: Any = loaded.model.apply(variables, images)
     return jax.nn.softmax(logits, axis=-1)
 
   results = []
@@ -118,14 +136,14 @@ def _predict_all(
   # Few images do not fill a batch: no need to compute a whole one.
   size = min(args.batch_size, total)
   for names in _batched(args.images, size):
-    entries, pixels = _read(names, args.model)
+    entries, pixels = _read(names, loaded.preprocessing)
     if pixels:
       padding = [np.zeros_like(pixels[0])] * (size - len(pixels))
       batch = jnp.asarray(np.stack(pixels + padding))
-      rows = iter(np.asarray(probabilities(variables, batch)))
+      rows = iter(np.asarray(probabilities(loaded.variables, batch)))
       for entry in entries:
         if "error" not in entry:
-          entry["predictions"] = _top(next(rows), args.top)
+          entry["predictions"] = _top(next(rows), args.top, loaded.class_names)
     results += entries
     _progress(len(results), total)
   return results
@@ -136,7 +154,7 @@ def _batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _read(
-  names: Iterable[str], model: str
+  names: Iterable[str], how: variants.Preprocessing
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
   """Entries of all images, and the pixels of those that can be read."""
   pil = optional.require("PIL.Image", extra="image")
@@ -144,7 +162,7 @@ def _read(
   for name in names:
     try:
       with pil.open(name) as image:
-        pixels.append(preprocessing.preprocess(image, model))
+        pixels.append(preprocessing.prepare(image, how))
       entries.append({"image": name})
     except Exception as error:
       # Decoders of damaged files raise almost anything.
@@ -154,9 +172,10 @@ def _read(
   return entries, pixels
 
 
-def _top(row: np.ndarray, count: int) -> list[dict[str, Any]]:
+def _top(
+  row: np.ndarray, count: int, names: Sequence[str] | None
+) -> list[dict[str, Any]]:
   """The most probable classes, by falling probability."""
-  names = imagenet_classes.names() if row.size == 1000 else None
   best = np.argsort(-row, kind="stable")[:count]
   return [
     {

@@ -110,7 +110,13 @@ def preprocess(image: "Image.Image", name: str) -> Float[np.ndarray, "h w 3"]:
     ValueError: There is no such model.
     TypeError: `image` is not a PIL image.
   """
-  how = registry.get_variant(name).preprocessing
+  return prepare(image, registry.get_variant(name).preprocessing)
+
+
+def prepare(
+  image: "Image.Image", how: variants.Preprocessing
+) -> Float[np.ndarray, "h w 3"]:
+  """As `preprocess`, in a way of your own."""
   cropped = resize_and_crop(
     image,
     size=how.size,

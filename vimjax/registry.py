@@ -81,7 +81,17 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
       f"{variant.module.__name__} ({name!r}) has no field {unknown}; fields "
       f"are {fields}."
     )
-  return variant.module(**{**variant.fields, **overrides})
+  # JSON and command lines have lists, which a hashable module cannot.
+  given = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()
+  }
+  return variant.module(**{**variant.fields, **given})
+
+
+def any_model(module: type[nn.Module]) -> Any:
+  """Some published model of a family."""
+  names = (name for name in _VARIANTS if _VARIANTS[name].module is module)
+  return create_model(next(names))
 
 
 def with_scan_layers(model: Any, scan: bool) -> Any:

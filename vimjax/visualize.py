@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vimjax import maps, optional, preprocessing, registry
+from vimjax import maps, optional, preprocessing, registry, variants
 from vimjax.layers import stack
-from vimjax.weights import pretrained
+from vimjax.weights import convert, pretrained
 
 # Dark blue, violet, red, yellow, white: brightness grows with the value.
 _COLOURS = np.array(
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   try:
     pil = optional.require("PIL.Image", extra="image")
-    pixels, images = _read(args)
-    model, variables = _load(args)
+    model, variables, how = _load(args)
+    pixels, images = _read(args, how)
     picture = _DRAW[args.what](model, variables, images, pixels, args)
     pil.fromarray(picture).save(args.output, format="PNG")
   except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     default=pathlib.Path("picture.png"),
     help="default: picture.png",
   )
-  add("--size", type=int, help="side of the images; default: the published one")
+  add("--size", type=int, help="side of the images; default: the weights'")
   add(
     "--layer",
     type=int,
@@ -93,9 +93,12 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-  model = registry.create_model(args.model)
+def _load(
+  args: argparse.Namespace,
+) -> tuple[nn.Module, Any, variants.Preprocessing]:
+  """The model, its variables, and how its images are prepared."""
   if args.weights is None:
+    model = registry.create_model(args.model)
     print(
       "no --weights: the weights are random, and so is what they look at",
       file=sys.stderr,
@@ -104,16 +107,20 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     scanned = registry.with_scan_layers(model, True)
     # Scanned layers compile in a fraction of the time.
     variables = jax.jit(scanned.init)(jax.random.key(0), image)
-    return model, stack.unstack_layers(variables)
-  found = pretrained.read(model, args.weights)
-  model = found.model(args.model)
-  return model, found.convert_for(model)
+    usual = registry.get_variant(args.model).preprocessing
+    return model, stack.unstack_layers(variables), usual
+  with pretrained.naming(args.weights):
+    found = pretrained.read_as(args.model, args.weights)
+    how = found.preprocessing(args.model)
+    model = convert.resized(found.model(args.model), how.size)
+    return model, found.convert_for(model), how
 
 
-def _read(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+def _read(
+  args: argparse.Namespace, how: variants.Preprocessing
+) -> tuple[np.ndarray, np.ndarray]:
   """Pixels (b, h, w, 3) in [0, 255] and normalised images."""
   pil = optional.require("PIL.Image", extra="image")
-  how = registry.get_variant(args.model).preprocessing
   size = how.size if args.size is None else args.size
   if size < 1:
     raise ValueError(f"--size must be positive, got {size}.")

@@ -1,5 +1,6 @@
 """Weights that a run starts from: where they are, and whose they are."""
 
+from collections.abc import Sequence
 import hashlib
 import json
 import os
@@ -13,12 +14,27 @@ import ml_collections
 from experiments.imagenet import errors, eval_images
 import vimjax
 from vimjax import variants
-from vimjax.weights import checkpoint_files, download
+from vimjax.weights import checkpoint_files, download, trained
 
 # `config.init_from` for what was published of a model: of the run's own, or
 # after a colon of another.
 PUBLISHED: Final = "published"
 _LARGEST_HEADER: Final = 100_000_000
+_IMAGENET_CLASSES: Final = 1000
+# Fields of a model that say how it is computed or trained, not what it is, and
+# two that the arrays and the images' size say.
+_NOT_OF_WEIGHTS: Final = frozenset(
+  (
+    "attention_implementation",
+    "drop_path_rate",
+    "dtype",
+    "image_size",
+    "num_classes",
+    "remat",
+    "scan_implementation",
+    "scan_layers",
+  )
+)
 
 
 def load(
@@ -129,19 +145,33 @@ def _sha256(path: str | os.PathLike[str]) -> str:
 
 
 def metadata(
-  config: ml_collections.ConfigDict, initial: dict[str, Any] | None
+  config: ml_collections.ConfigDict,
+  initial: dict[str, Any] | None,
+  class_names: Sequence[str] | None = None,
 ) -> dict[str, str]:
   """What a file of the run's own weights says of itself.
 
   Args:
     config: The run's configuration.
     initial: From `load`, or None where the run started from nothing.
+    class_names: Of the data. The names of ImageNet's classes are known, and
+      names that are not those of all outputs say nothing of any.
   """
-  said = {
-    "model": config.model.name,
-    "data": config.data.name,
-    **eval_images.metadata(config),
-  }
+  overrides = config.model.overrides
+  numbered = class_names is None or len(class_names) != overrides.num_classes
+  said = trained.describe(
+    config.model.name,
+    fields={
+      name: value
+      for name, value in overrides.items()
+      if value is not None and name not in _NOT_OF_WEIGHTS
+    },
+    preprocessing=eval_images.of(config),
+    classes=None
+    if numbered or overrides.num_classes == _IMAGENET_CLASSES
+    else class_names,
+  )
+  said["data"] = config.data.name
   if initial and initial["license"]:
     said["license"] = initial["license"]
     said["commercial_use"] = str(initial["commercial_use"]).lower()

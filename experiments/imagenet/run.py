@@ -120,6 +120,7 @@ class Run:
 
   Attributes that do not speak for themselves:
     examples: How many records each split has.
+    class_names: Of the data's labels; None where they have none.
   """
 
   config: ml_collections.ConfigDict
@@ -127,6 +128,7 @@ class Run:
   mesh: jax.sharding.Mesh
   plan: Plan
   examples: dict[str, int]
+  class_names: list[str] | None
   model: nn.Module
   tx: optax.GradientTransformation
   train_step: Callable[
@@ -205,6 +207,7 @@ def prepare(
     mesh=mesh,
     plan=plan,
     examples=examples,
+    class_names=names,
     model=model,
     tx=tx,
     train_step=steps.make_train_step(

@@ -362,7 +362,7 @@ def finish(
       vimjax.save_variables(
         run.folder / WEIGHTS,
         variables,
-        metadata=initial_lib.metadata(c, record.initial),
+        metadata=initial_lib.metadata(c, record.initial, run.class_names),
       )
     if c.log.plots:
       result["plots"] = draw(run, predicted)
@@ -376,11 +376,10 @@ def draw(
   run: run_lib.Run, predicted: list[tuple[np.ndarray, int, int]]
 ) -> list[str]:
   """Names of the plots; none, and a warning, where they cannot be drawn."""
-  names = input_pipeline.class_names(run.config)
   try:
     return [
       plots.learning_curves(run.folder),
-      plots.predictions(run.folder, predicted, names),
+      plots.predictions(run.folder, predicted, run.class_names),
     ]
   except Exception as error:  # Whatever it is, the result is worth more.
     logging.warning("No plots: %s: %s", type(error).__name__, error)

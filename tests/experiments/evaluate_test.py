@@ -10,12 +10,12 @@ from PIL import Image
 import pytest
 
 from experiments import evaluate
-from experiments.imagenet import errors, eval_images
+from experiments.imagenet import errors, initial
 from experiments.imagenet import run as run_lib
 from experiments.imagenet.configs import finetune
 import vimjax
 from vimjax import registry
-from vimjax.weights import pretrained
+from vimjax.weights import checkpoint_files, pretrained, trained
 
 _TINY = {
   "vim_tiny": {"depth": 1, "embed_dim": 16},
@@ -87,7 +87,7 @@ def _weights(path, config, *, told=True):
   """A file of such a run's weights."""
   said = {"data": config.data.name}
   if told:
-    said |= eval_images.metadata(config)
+    said |= initial.metadata(config, None, ["ant", "bee", "cat"])
   variables = _variables(run_lib.make_model(config))
   vimjax.save_variables(path, variables, metadata=said)
   return path
@@ -137,18 +137,29 @@ class TestPreparation:
     if name == "vim_tiny":
       assert evaluated["model"].image_size == 64
 
+  def test_is_with_the_runs_own_model(self, tiny, evaluated, tmp_path):
+    changes = {"model.overrides.depth": 3, "model.overrides.dtype": "bfloat16"}
+    config = _config(**changes)
+    weights = _weights(tmp_path / "a.safetensors", config)
+    assert _main(weights, _photos(tmp_path / "photos")) == 0
+    assert evaluated["model"].depth == 3
+    assert evaluated["model"].num_classes == 3
+    # How the run computed is not what it made.
+    assert evaluated["model"].dtype == jnp.float32
+    said = checkpoint_files.read_metadata(weights)
+    assert json.loads(said["model_fields"]) == {"depth": 3}
+    assert trained.class_names(said) == ["ant", "bee", "cat"]
+
   def test_a_positional_embedding_tells_its_size(self, tiny, tmp_path):
     path = _weights(tmp_path / "a.safetensors", _config(), told=False)
-    model = vimjax.create_model("vim_tiny")
-    found = pretrained.read(model, path)
-    usual = vimjax.get_variant("vim_tiny").preprocessing
-    assert evaluate.preparation(found, model, usual).size == 64
-    assert evaluate.preparation(found, model, usual, 96).size == 96
+    found = pretrained.read_as("vim_tiny", path)
+    assert found.preprocessing("vim_tiny").size == 64
+    assert found.preprocessing("vim_tiny", image_size=96).size == 96
 
   @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-      ({"image_size": "64x96"}, "64x96 pixels.*--image_size"),
+      ({"image_size": "64x96"}, "64x96 pixels; choose a square"),
       ({"preprocessing": "{"}, "unknown 'preprocessing'"),
       ({"preprocessing": '{"zoom": 2}'}, "unknown 'preprocessing'"),
       ({"preprocessing": "7"}, "unknown 'preprocessing'"),
@@ -157,11 +168,11 @@ class TestPreparation:
   def test_what_is_recorded_must_be_understood(self, metadata, message):
     usual = vimjax.get_variant("vim_tiny").preprocessing
     with pytest.raises(ValueError, match=message):
-      eval_images.recorded(metadata, usual)
+      trained.preprocessing(metadata, usual)
 
   def test_an_asked_size_needs_no_recorded_one(self):
     usual = vimjax.get_variant("vim_tiny").preprocessing
-    how = eval_images.recorded({"image_size": "64x96"}, usual, image_size=32)
+    how = trained.preprocessing({"image_size": "64x96"}, usual, image_size=32)
     assert how == dataclasses.replace(usual, size=32)
 
 

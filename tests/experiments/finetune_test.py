@@ -15,7 +15,6 @@ from experiments import evaluate
 from experiments.datasets import generated
 from experiments.imagenet import (
   errors,
-  eval_images,
   initial,
   optimizer,
   sharding,
@@ -24,7 +23,7 @@ from experiments.imagenet import run as run_lib
 from experiments.imagenet import state as state_lib
 from experiments.imagenet.configs import _base, finetune
 import vimjax
-from vimjax.weights import checkpoint_files
+from vimjax.weights import checkpoint_files, trained
 
 _TINY = {"depth": 1, "embed_dim": 16, "patch_size": 16}
 
@@ -245,7 +244,7 @@ def test_fine_tuning_on_a_folder_from_official_weights(job, official, tmp_path):
   assert values["unreadable"] == 0
   said = checkpoint_files.read_metadata(workdir / "weights.safetensors")
   usual = vimjax.get_variant("vim_tiny").preprocessing
-  how = eval_images.recorded(said, usual)
+  how = trained.preprocessing(said, usual)
   assert how == dataclasses.replace(usual, size=48)
 
   # Other data than the run began with would change what comes next.

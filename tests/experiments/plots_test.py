@@ -33,9 +33,8 @@ def test_a_run_goes_on_without_pictures(
   with metrics.Writer(tmp_path, start_step=0, tensorboard=False) as writer:
     writer.write(1, "train", {"loss": 1.0, "accuracy": 0.5, "lr": 0.1})
   config = _base.get_config()
-  run = types.SimpleNamespace(config=config, folder=tmp_path)
-  monkeypatch.setattr(
-    train.input_pipeline, "class_names", lambda config: ["a", "b", "c"]
+  run = types.SimpleNamespace(
+    config=config, folder=tmp_path, class_names=["a", "b", "c"]
   )
   drawn = ["learning_curves.png", "predictions.png"]
   assert train.draw(run, examples) == drawn

@@ -93,9 +93,11 @@ def test_what_is_refused(files, tmp_path, capsys):
   assert "do not fit DeiT" in _error(
     capsys, "--model", "deit_small", "--to-torch", ours, new
   )
-  assert "Unknown variables" in _error(
+  message = _error(
     capsys, "--model", "mambavision_tiny", "--to-torch", ours, new
   )
+  assert "These are no variables of a MambaVision" in message
+  assert "The file is of vimjax.create_model('deit_tiny')." in message
   assert "official names already" in _error(
     capsys, *named, "--to-torch", official, new
   )

@@ -1,16 +1,18 @@
 """`python -m vimjax.predict`: tables, JSON, batches and unreadable images."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
 from tests import golden_data
 import vimjax
-from vimjax import imagenet_classes, predict
-from vimjax.weights import torch_writer
+from vimjax import imagenet_classes, predict, preprocessing
+from vimjax.weights import torch_writer, trained
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,43 @@ def test_a_table(folder, capsys):
     probabilities.append(float(percent))
   assert probabilities == sorted(probabilities, reverse=True)
   assert 0 < probabilities[0] <= 100
+
+
+def test_weights_of_a_run_of_yours_bring_all_they_need(tmp_path, capsys):
+  # Another model, other images and other classes than the published ones.
+  fields = dict(depth=1, embed_dim=64, num_heads=2)
+  model = vimjax.create_model(
+    "deit_tiny", **fields, num_classes=3, image_size=32
+  )
+  image = jnp.zeros((1, 32, 32, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), image)
+  usual = vimjax.get_variant("deit_tiny").preprocessing
+  how = dataclasses.replace(usual, size=32, crop_fraction=1.0, mean=(0, 0, 0))
+  names = ["ant", "bee", "cat"]
+  vimjax.save_variables(
+    tmp_path / "x.safetensors",
+    variables,
+    metadata=trained.describe(
+      "deit_tiny", fields=fields, preprocessing=how, classes=names
+    ),
+  )
+  pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+  picture = Image.fromarray(pixels)
+  picture.save(tmp_path / "0.png")
+  arguments = ["--json", tmp_path / "0.png"]
+  weights = ["--weights", tmp_path / "x.safetensors", "--model", "deit_tiny"]
+  assert predict.main([*map(str, weights + arguments)]) == 0
+  ((result,),) = [json.loads(capsys.readouterr().out)]
+  found = result["predictions"]
+  prepared = preprocessing.prepare(picture, how)
+  assert prepared.shape == (32, 32, 3)
+  want = jax.nn.softmax(model.apply(variables, prepared[None]))[0]
+  for entry in found:
+    assert entry["class"] == names[entry["index"]]
+    np.testing.assert_allclose(
+      entry["probability"], want[entry["index"]], rtol=1e-4
+    )
+  assert len(found) == 3
 
 
 def test_what_is_refused(folder, tmp_path, capsys):

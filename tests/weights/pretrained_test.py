@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors
 
 from tests import golden_data
 import vimjax
-from vimjax.weights import torch_writer
+from vimjax.weights import torch_writer, trained
 
 LEFT_OUT = ("layers.1", "layers.2")
 
@@ -164,6 +164,43 @@ def test_a_file_of_another_model_is_refused_with_all_problems(tmp_path):
   with pytest.raises(ValueError, match="x.pth: .*does not fit Vim") as caught:
     vimjax.load_pretrained(_model(depth=2), path)
   assert "missing layers_1/norm/scale" in str(caught.value)
+
+
+def test_a_file_of_another_family_is_refused_with_its_name(tmp_path):
+  keys = golden_data.load_json("deit", "keys")["deit_tiny_patch16_224"]
+  shapes = golden_data.expand_keys(keys)
+  state_dict = golden_data.make_state_dict(shapes)
+  torch_writer.write(tmp_path / "x.pth", state_dict)
+  with pytest.raises(ValueError, match="fit Vim; it is of a DeiT:") as caught:
+    vimjax.load_pretrained(_model(), tmp_path / "x.pth")
+  lines = str(caught.value).splitlines()
+  assert len(lines) == 42
+  assert lines[-1].endswith(" more")
+
+
+def test_a_file_says_which_model_it_is_of(tmp_path):
+  path = tmp_path / "x.safetensors"
+  trained_one = _model(depth=2)
+  variables = jax.jit(trained_one.init)(
+    jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+  )
+  how = vimjax.get_variant("vim_tiny").preprocessing
+  fields = {"depth": 2, "embed_dim": 32}
+  said = trained.describe("vim_tiny", fields=fields, preprocessing=how)
+  vimjax.save_variables(path, variables, metadata=said)
+  with pytest.raises(
+    ValueError,
+    match=r"(?s)x.safetensors: .*file is of vimjax.create_model\('vim_tiny', "
+    r"depth=2, embed_dim=32\)",
+  ):
+    vimjax.load_pretrained(_model(), path)
+  # Of another model it says nothing.
+  assert trained.model_fields(said, "vim_small") == {}
+  assert trained.model_fields(said, "vim_tiny") == fields
+  assert trained.class_names(said) is None
+  for damaged in ("[1]", "{"):
+    with pytest.raises(ValueError, match="unknown 'model_fields'"):
+      trained.model_fields(said | {"model_fields": damaged}, "vim_tiny")
 
 
 def test_a_damaged_file_is_named(tmp_path):

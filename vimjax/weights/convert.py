@@ -118,8 +118,9 @@ def convert_state_dict(
 
   Raises:
     ValueError: Keys are missing, unexpected or of the wrong shape or dtype (one
-      message has all of them), a new classifier is needed and `rng` is None, or
-      the state dict is of another published model, which differs in the grid.
+      message has all of them, of very many the first), a new classifier is
+      needed and `rng` is None, or the state dict is of another published model,
+      which differs in the grid.
     TypeError: The model is of no family with official weights, `state_dict` is
       not a flat mapping of names to arrays, or `rng` is no key.
   """
@@ -171,8 +172,8 @@ def convert(
   problems += more
   if problems:
     raise ValueError(
-      f"This state dict does not fit {type(model).__name__}:\n  "
-      + "\n  ".join(problems)
+      f"This state dict does not fit {type(model).__name__}"
+      f"{_other_family(model, family, arrays)}:{rules.listed(problems)}"
     )
   flat = jax.tree.map(jnp.asarray, params)
   if change:
@@ -180,6 +181,17 @@ def convert(
     _LOG.warning("New head: %s.", change)
   variables = _unflat(flat)
   return stack.stack_layers(variables) if scanned else variables
+
+
+def _other_family(model: Any, family: Family, arrays: _StateDict) -> str:
+  """What the names are of, if they are hardly of this family."""
+  if rules.share(family.rules(model), family.ignored, arrays) > 0.5:
+    return ""
+  for module, other in FAMILIES.items():
+    known = other.rules(registry.any_model(module))
+    if rules.share(known, other.ignored, arrays) > 0.9:
+      return f"; it is of a {module.__name__}"
+  return ""
 
 
 def resolve(model_or_name: Any, caller: str) -> tuple[Any, Family]:

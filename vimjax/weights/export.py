@@ -55,8 +55,8 @@ def export_state_dict(
   ]
   if problems:
     raise ValueError(
-      f"These variables do not fit {type(model).__name__}:\n  "
-      + "\n  ".join(problems)
+      f"These variables do not fit {type(model).__name__}:"
+      + rules.listed(problems)
     )
   return arrays
 
@@ -72,7 +72,10 @@ def official_names(
   model, family = convert.resolve(model, "official_names")
   arrays, problems = _invert(model, family, variables)
   if problems:
-    raise ValueError("Unknown variables:\n  " + "\n  ".join(problems))
+    raise ValueError(
+      f"These are no variables of a {type(model).__name__}:"
+      + rules.listed(problems)
+    )
   return arrays
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -11,13 +12,14 @@ from flax import linen as nn
 from jaxtyping import Array
 import numpy as np
 
-from vimjax import registry
+from vimjax import registry, variants
 from vimjax.weights import (
   checkpoint_files,
   convert,
   download,
   export,
   published,
+  trained,
 )
 
 
@@ -55,9 +57,10 @@ def load_pretrained(
     {"params": ...} and, with batch norms, {"batch_stats": ...}.
 
   Raises:
-    ValueError: The file does not fit the model (one message has all problems),
-      is damaged or holds other things (`CheckpointError`, a ValueError), is of
-      another published model, or its licence must be accepted.
+    ValueError: The file does not fit the model (one message has all problems,
+      of very many the first), is damaged or holds other things
+      (`CheckpointError`, a ValueError), is of another published model, or its
+      licence must be accepted.
     TypeError: `model_or_name` is neither, or `rng` is no key.
     OSError: The file cannot be read or downloaded.
     ModuleNotFoundError: The extra `weights` is needed and not installed.
@@ -107,7 +110,12 @@ class Checkpoint:
     return (None,) if self.variables is None else ()
 
   def model(self, name: str, **fields: Any) -> Any:
-    """The model of that name, with the classifier of this checkpoint."""
+    """The model of that name, with what this checkpoint says of it.
+
+    That is the size of the classifier, and the fields that a run of
+    `experiments` recorded; others can be given.
+    """
+    fields = {**trained.model_fields(self.metadata, name), **fields}
     heads = [
       key
       for key in self.state_dict
@@ -125,13 +133,58 @@ class Checkpoint:
     rng: Array | None = None,
   ) -> dict[str, Any]:
     """Variables for a model; see `load_pretrained`."""
-    return convert.convert(
-      model,
-      self.state_dict,
-      image_size=image_size,
-      rng=rng,
-      made_for=self.made_for,
-    )
+    with _saying_whose(self.metadata):
+      return convert.convert(
+        model,
+        self.state_dict,
+        image_size=image_size,
+        rng=rng,
+        made_for=self.made_for,
+      )
+
+  def preprocessing(
+    self, name: str, *, image_size: int | None = None
+  ) -> variants.Preprocessing:
+    """How images for these weights are prepared.
+
+    As the file says, if it is of a run of `experiments`; else as the published
+    ones of the model, of the size that the positional embedding is for if these
+    are variables of ours.
+
+    Args:
+      name: Of the model.
+      image_size: Instead of theirs, in pixels.
+
+    Raises:
+      ValueError: What the file says cannot be understood.
+    """
+    usual = registry.get_variant(name).preprocessing
+    side = self._side_of_grid(self.model(name)) or usual.size
+    usual = dataclasses.replace(usual, size=side)
+    return trained.preprocessing(self.metadata, usual, image_size=image_size)
+
+  def _side_of_grid(self, model: Any) -> int | None:
+    """Of the images that the positional embedding in a file of ours is for."""
+    position = self.state_dict.get("pos_embed")
+    if self.variables is None or position is None:
+      return None
+    patches = np.shape(position)[-2]
+    patches -= getattr(model, "class_token", "first") != "none"
+    side = math.isqrt(patches)
+    if side * side != patches:
+      return None
+    stride = getattr(model, "stride", model.patch_size)
+    return (side - 1) * stride + model.patch_size
+
+
+def read_as(
+  name: str,
+  path: str | os.PathLike[str],
+  weights: checkpoint_files.Weights = "model",
+) -> Checkpoint:
+  """Reads a file as one of the model of that name; errors as in `read`."""
+  fields = trained.model_fields(checkpoint_files.read_metadata(path), name)
+  return read(registry.create_model(name, **fields), path, weights)
 
 
 def read(
@@ -150,5 +203,16 @@ def read(
   if not checkpoint_files.is_ours(state_dict):
     return Checkpoint(state_dict, None, metadata)
   variables = checkpoint_files.unflatten(state_dict)
-  official = export.official_names(model, variables)
+  with _saying_whose(metadata):
+    official = export.official_names(model, variables)
   return Checkpoint(official, variables, metadata)
+
+
+@contextlib.contextmanager
+def _saying_whose(metadata: Mapping[str, str]) -> Iterator[None]:
+  """Puts what a file says of its model behind messages about what is wrong."""
+  try:
+    yield
+  except ValueError as error:
+    hint = trained.hint(metadata)
+    raise ValueError(f"{error}\n{hint}" if hint else str(error)) from error

@@ -1,10 +1,10 @@
 """Renames and reshapes arrays by rules, and checks that nothing is left over.
 
 A family's rules list every key of its official state dict once. `apply` turns
-official arrays into ours. All problems are reported in one message.
+official arrays into ours. Problems are reported in one message.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -82,6 +82,28 @@ class Rule:
 # Patterns and paths are plain names with groups: they can be turned around.
 _GROUP = re.compile(r"\(([^()]*)\)")
 _REFERENCE = re.compile(r"\\(\d)")
+# A file of another model has hundreds; a layer has fewer.
+_MOST_PROBLEMS = 40
+
+
+def listed(problems: Sequence[str]) -> str:
+  """Lines of a message, of very many the first ones."""
+  lines = list(problems[:_MOST_PROBLEMS])
+  if len(problems) > len(lines):
+    lines.append(f"and {len(problems) - len(lines)} more")
+  return "".join(f"\n  {line}" for line in lines)
+
+
+def share(
+  rules: Sequence[Rule], ignored: Mapping[str, str], keys: Collection[str]
+) -> float:
+  """The share of the official keys that the rules know."""
+  known = [
+    any(r.target(key) for r in rules)
+    or any(re.fullmatch(pattern, key) for pattern in ignored)
+    for key in keys
+  ]
+  return sum(known) / max(1, len(known))
 
 
 def apply(
@@ -146,7 +168,11 @@ def invert(
     sources = [(i, r.source(path)) for i, r in enumerate(rules)]
     sources = [(i, key) for i, key in sources if key]
     if len(sources) != 1:
-      problems.append(f"{path} {value.shape} matches {len(sources)} rules")
+      problems.append(
+        f"{path} {value.shape} matches {len(sources)} rules"
+        if sources
+        else f"unknown {path} {value.shape}"
+      )
       continue
     ((i, key),) = sources
     found[i][key] = rules[i].layout.to_official(value)
