@@ -43,7 +43,7 @@ from experiments.imagenet import (
 from experiments.imagenet.configs import _base
 import vimjax
 from vimjax import variants
-from vimjax.weights import convert, download, pretrained, published
+from vimjax.weights import convert, download, pretrained, published, trained
 
 _IMAGENET_CLASSES = 1000
 _IMAGENET_V2 = (
@@ -108,12 +108,18 @@ def _split_of_folder(data: str, metadata: Mapping[str, str]) -> str:
   return "validation"
 
 
-def label_table(names: Sequence[str] | None, classes: int) -> np.ndarray:
+def label_table(
+  names: Sequence[str] | None,
+  classes: int,
+  known: Sequence[str] | None = None,
+) -> np.ndarray:
   """The model's class for each label of the data.
 
   Args:
     names: Of the data's classes, by label.
     classes: How many the model has.
+    known: Names of the model's classes, if its weights say them; the data may
+      have some of them only.
 
   Returns:
     Integers of shape (labels,).
@@ -122,12 +128,14 @@ def label_table(names: Sequence[str] | None, classes: int) -> np.ndarray:
     ValueError: The data's classes are not the model's.
   """
   names = list(names or [])
+  if known and names and len(known) == classes:
+    return _by_name(names, {name: i for i, name in enumerate(known)})
   if len(names) == classes == _IMAGENET_CLASSES and not names[0].isdecimal():
     return np.arange(classes, dtype=np.int32)  # In the order of their names.
   if classes == _IMAGENET_CLASSES:
-    known = {name: i for i, name in enumerate(imagenet.wordnet_ids())}
-    if all(name in known for name in names):
-      return np.array([known[name] for name in names], np.int32)
+    ids = {name: i for i, name in enumerate(imagenet.wordnet_ids())}
+    if all(name in ids for name in names):
+      return np.array([ids[name] for name in names], np.int32)
     if all(re.fullmatch(r"\d{1,3}", name) for name in names):
       return np.array([int(name) for name in names], np.int32)
   if len(names) != classes:
@@ -139,11 +147,24 @@ def label_table(names: Sequence[str] | None, classes: int) -> np.ndarray:
   return np.arange(classes, dtype=np.int32)
 
 
+def _by_name(names: Sequence[str], known: Mapping[str, int]) -> np.ndarray:
+  others = [name for name in names if name not in known]
+  if others:
+    raise ValueError(
+      f"The data has {len(others)} classes that the weights do not have "
+      f"({', '.join(others[:3])}, ...); theirs are {', '.join([*known][:3])}, "
+      "..."
+    )
+  return np.array([known[name] for name in names], np.int32)
+
+
 def evaluate(
   model: Any,
   variables: Any,
   config: ml_collections.ConfigDict,
   split: str,
+  *,
+  class_names: Sequence[str] | None = None,
 ) -> dict[str, float]:
   """Top-1 and top-5 accuracy and loss of a split, and how it was read.
 
@@ -152,6 +173,7 @@ def evaluate(
     variables: For its `apply`.
     config: From `make_config`.
     split: From `make_config`.
+    class_names: Of the model, if its weights say them.
 
   Returns:
     As `steps.evaluate`, and `unreadable`, the number of images left out.
@@ -160,6 +182,7 @@ def evaluate(
   table = label_table(
     input_pipeline.class_names(config, split),
     config.model.overrides.num_classes,
+    class_names,
   )
   total = input_pipeline.num_examples(config, split)
 
@@ -234,7 +257,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     split=args.split,
     metadata=found.metadata,
   )
-  values = evaluate(model, variables, config, split)
+  names = trained.class_names(found.metadata)
+  values = evaluate(model, variables, config, split, class_names=names)
   return {
     "model": args.model,
     "weights": args.weights or "published",

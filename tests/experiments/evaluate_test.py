@@ -54,8 +54,8 @@ def evaluated(monkeypatch):
   """What was evaluated, instead of doing it."""
   seen = {}
 
-  def note(model, variables, config, split):
-    seen.update(model=model, config=config, split=split)
+  def note(model, variables, config, split, *, class_names):
+    seen.update(model=model, config=config, split=split, names=class_names)
     return dict(_DONE)
 
   monkeypatch.setattr(evaluate, "evaluate", note)
@@ -109,6 +109,14 @@ def test_folders_are_matched_to_classes_by_name():
   np.testing.assert_array_equal(evaluate.label_table(["a", "b"], 2), [0, 1])
   with pytest.raises(ValueError, match="1000 classes, the data 2"):
     evaluate.label_table(["cat", "dog"], 1000)
+  known = ["ant", "bee", "cat"]
+  np.testing.assert_array_equal(
+    evaluate.label_table(["cat", "ant"], 3, known), [2, 0]
+  )
+  with pytest.raises(
+    ValueError, match="do not have .dog, ....; theirs are ant"
+  ):
+    evaluate.label_table(["ant", "bee", "dog"], 3, known)
 
 
 class TestPreparation:
@@ -148,7 +156,7 @@ class TestPreparation:
     assert evaluated["model"].dtype == jnp.float32
     said = checkpoint_files.read_metadata(weights)
     assert json.loads(said["model_fields"]) == {"depth": 3}
-    assert trained.class_names(said) == ["ant", "bee", "cat"]
+    assert evaluated["names"] == ["ant", "bee", "cat"]
 
   def test_a_positional_embedding_tells_its_size(self, tiny, tmp_path):
     path = _weights(tmp_path / "a.safetensors", _config(), told=False)
