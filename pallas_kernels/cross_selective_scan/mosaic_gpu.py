@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import derivatives, dispatch
 from pallas_kernels.cross_selective_scan import arguments, mosaic_gpu_image
 from pallas_kernels.selective_scan import mosaic_gpu as scan_mosaic_gpu
 from pallas_kernels.selective_scan import (
@@ -212,6 +212,7 @@ def _scan(statics: _Statics, inputs: _Inputs) -> jax.Array:
 
 
 def _scan_fwd(statics: _Statics, inputs: _Inputs):
+  inputs = derivatives.differentiable_once("cross_selective_scan", inputs)
   y, checkpoints = _run_forward(
     statics, inputs, checkpoint_tile=statics.config.backward_tile
   )
@@ -220,6 +221,9 @@ def _scan_fwd(statics: _Statics, inputs: _Inputs):
 
 
 def _scan_bwd(statics: _Statics, residuals: _Residuals, dy: jax.Array):
+  residuals, dy = derivatives.differentiable_once(
+    "cross_selective_scan", (residuals, dy)
+  )
   inputs = residuals.inputs
   gradients = _run_backward(statics, residuals, dy)
   shape = inputs.delta.shape

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import derivatives, dispatch
 from pallas_kernels.selective_scan import (
   arguments,
   mosaic_gpu_backward,
@@ -283,6 +283,7 @@ def _scan(statics: _Statics, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
 
 
 def _scan_fwd(statics: _Statics, inputs: _Inputs):
+  inputs = derivatives.differentiable_once("selective_scan", inputs)
   y, state, checkpoints = _run_forward(
     statics, inputs, checkpoint_tile=statics.config.backward_tile
   )
@@ -291,7 +292,9 @@ def _scan_fwd(statics: _Statics, inputs: _Inputs):
 
 
 def _scan_bwd(statics: _Statics, residuals: _Residuals, cotangents):
-  dy, dstate = cotangents
+  residuals, (dy, dstate) = derivatives.differentiable_once(
+    "selective_scan", (residuals, cotangents)
+  )
   inputs = residuals.inputs
   gradients = mosaic_gpu_backward.backward(
     inputs.u,

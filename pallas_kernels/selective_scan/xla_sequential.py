@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import partition
+from pallas_kernels import derivatives, partition
 from pallas_kernels.selective_scan import arguments, xla_math
 from pallas_kernels.selective_scan import xla_sequential_blocks as blocks
 
@@ -155,12 +155,15 @@ def _scan(inputs: _Inputs, options: _Options):
 
 
 def _scan_fwd(inputs, options):
+  inputs = derivatives.differentiable_once("selective_scan", inputs)
   y, state, saved = _forward(inputs, options, save=True)
   return (y, state), _Residuals(inputs, saved)
 
 
 def _scan_bwd(options, residuals, cotangents):
-  dy, dstate = cotangents
+  residuals, (dy, dstate) = derivatives.differentiable_once(
+    "selective_scan", (residuals, cotangents)
+  )
   return (_backward(residuals, dy, dstate, options),)
 
 

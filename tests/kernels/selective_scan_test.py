@@ -142,3 +142,30 @@ def test_final_state_is_returned_on_request():
   assert y.shape == (2, 8, 6)
   y, state = pallas_kernels.selective_scan(**_arrays(), return_final_state=True)
   assert (y.shape, state.shape) == ((2, 8, 6), (2, 6, 4))
+
+
+@pytest.mark.parametrize(
+  "implementation", [None, "mosaic_gpu_interpret", "xla_associative"]
+)
+def test_gradients_of_gradients_are_given_or_refused(implementation):
+  arrays = _arrays()
+
+  def loss(u):
+    return pallas_kernels.selective_scan(
+      **arrays | {"u": u}, implementation=implementation
+    ).sum()
+
+  def of_gradient(u):
+    return jax.grad(lambda u: jax.grad(loss)(u).sum())(u)
+
+  if implementation == "xla_associative":
+    assert jax.eval_shape(of_gradient, arrays["u"]).shape == (2, 8, 6)
+    return
+  # All are traced once in any case; nothing has to be compiled for this.
+  assert jax.eval_shape(jax.grad(loss), arrays["u"]).shape == (2, 8, 6)
+  for twice in (of_gradient, jax.jit(of_gradient)):
+    with pytest.raises(
+      pallas_kernels.UnsupportedError,
+      match='selective_scan: .* first derivatives only.*"xla_associative"',
+    ):
+      jax.eval_shape(twice, arrays["u"])
