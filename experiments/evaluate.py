@@ -43,7 +43,7 @@ from experiments.imagenet import (
 from experiments.imagenet.configs import _base
 import vimjax
 from vimjax import variants
-from vimjax.weights import convert, download, pretrained, published, trained
+from vimjax.weights import download, pretrained, published
 
 _IMAGENET_CLASSES = 1000
 _IMAGENET_V2 = (
@@ -135,7 +135,7 @@ def label_table(
   if classes == _IMAGENET_CLASSES:
     ids = {name: i for i, name in enumerate(imagenet.wordnet_ids())}
     if all(name in ids for name in names):
-      return np.array([ids[name] for name in names], np.int32)
+      return _by_name(names, ids)
     if all(re.fullmatch(r"\d{1,3}", name) for name in names):
       return np.array([int(name) for name in names], np.int32)
   if len(names) != classes:
@@ -241,30 +241,35 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     published.checkpoint(args.model, "evaluate"),
     accept_license=args.accept_license,
   )
-  with pretrained.naming(path):
-    found = pretrained.read_as(args.model, path, args.which)
-    how = found.preprocessing(args.model, image_size=args.image_size)
-    model = convert.resized(
-      found.model(args.model, dtype=checks.DTYPES[args.dtype]), how.size
-    )
-    variables = found.convert_for(model, image_size=args.image_size)
+  loaded = pretrained.load(
+    args.model,
+    path,
+    args.which,
+    image_size=args.image_size,
+    dtype=checks.DTYPES[args.dtype],
+  )
   config, split = make_config(
-    how,
+    loaded.preprocessing,
     data=args.data,
     data_dir=args.data_dir,
-    classes=model.num_classes,
+    classes=loaded.model.num_classes,
     batch_size=args.batch_size,
     split=args.split,
-    metadata=found.metadata,
+    metadata=loaded.metadata,
   )
-  names = trained.class_names(found.metadata)
-  values = evaluate(model, variables, config, split, class_names=names)
+  values = evaluate(
+    loaded.model,
+    loaded.variables,
+    config,
+    split,
+    class_names=loaded.class_names,
+  )
   return {
     "model": args.model,
     "weights": args.weights or "published",
     "data": args.data,
     "split": split,
-    "image_size": how.size,
+    "image_size": loaded.preprocessing.size,
     **values,
   }
 

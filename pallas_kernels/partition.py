@@ -91,7 +91,7 @@ def per_shard(
 
   specs = {name: split.spec(layouts[name]) for name in given}
   out_specs = jax.tree.map(split.spec, out_layouts)
-  mesh = mesh_of(given[lead])
+  mesh = _mesh_of(given[lead])
   return jax.shard_map(
     body,
     mesh=mesh,
@@ -101,7 +101,7 @@ def per_shard(
   )(_reshard_explicit(given, specs, mesh))
 
 
-def mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh | jax.sharding.Mesh:
+def _mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh | jax.sharding.Mesh:
   """The mesh in context, else the one that x is split over explicitly.
 
   An array on Explicit axes brings its mesh along in its type, whether or not
@@ -144,7 +144,7 @@ def vary_like(x: jax.Array, *, like: jax.Array) -> jax.Array:
 
 def sequence_shards(x: jax.Array, layout: str) -> int:
   """Over how many shards `per_shard` would split the tokens if they divided."""
-  mesh = mesh_of(x)
+  mesh = _mesh_of(x)
   free, explicit = _usable_axes(mesh)
   _, _, tokens = _wanted(x, layout, free, explicit)
   return math.prod(mesh.shape[name] for name in tokens)
@@ -161,7 +161,7 @@ def plan(
   None is to leave everything as it is: there is no mesh, the caller has made
   all its axes manual, or it has one device.
   """
-  mesh = mesh_of(arrays[lead])
+  mesh = _mesh_of(arrays[lead])
   free, explicit = _usable_axes(mesh)
   if not explicit and math.prod(mesh.shape[name] for name in free) == 1:
     return None

@@ -112,7 +112,7 @@ def _to_ours(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace) -> pretrained.Checkpoint:
-  return pretrained.read_as(args.model, args.input, args.weights)
+  return pretrained.read(args.model, args.input, args.weights)
 
 
 def _to_official(args: argparse.Namespace) -> int:

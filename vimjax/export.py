@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from vimjax import command_line, onnx_program, optional, registry
-from vimjax.weights import convert, pretrained
+from vimjax.weights import pretrained
 
 # What ONNX has operations for: a loop over tokens, and products of matrices.
 _PLAIN: Final = {
@@ -139,15 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   output = args.output or pathlib.Path(f"{args.name}.{args.format}")
   try:
-    with pretrained.naming(args.weights):
-      found = pretrained.read_as(args.name, args.weights)
-      size = found.preprocessing(args.name, image_size=args.size).size
-      model = convert.resized(found.model(args.name), size)
-      # Scanned layers make a program of a fraction of the size.
-      model = registry.with_scan_layers(model, True)
-      variables = found.convert_for(model)
+    # Scanned layers make a program of a fraction of the size.
+    loaded = pretrained.load(
+      args.name, args.weights, image_size=args.size, scan_layers=True
+    )
+    size = loaded.preprocessing.size
     write = _FORMATS[args.format]
-    data = write(model, variables, image_size=size)
+    data = write(loaded.model, loaded.variables, image_size=size)
     output.write_bytes(data)
   except (
     OSError,

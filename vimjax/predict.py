@@ -7,13 +7,11 @@ standard error, the others go on, and the exit code is 1.
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-import dataclasses
 import itertools
 import json
 import sys
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +24,7 @@ from vimjax import (
   registry,
   variants,
 )
-from vimjax.weights import convert, download, pretrained, published, trained
+from vimjax.weights import download, pretrained, published
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,17 +88,7 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-  """A model, its weights, how its images are prepared, its classes' names."""
-
-  model: nn.Module
-  variables: Any
-  preprocessing: variants.Preprocessing
-  class_names: Sequence[str] | None
-
-
-def _load(args: argparse.Namespace) -> _Loaded:
+def _load(args: argparse.Namespace) -> pretrained.Loaded:
   path = args.weights
   if path is None:
     path = download.fetch(
@@ -109,20 +97,18 @@ def _load(args: argparse.Namespace) -> _Loaded:
       consent="--accept-license",
     )
   which = "ema" if args.ema else "model"
-  with pretrained.naming(path):
-    found = pretrained.read_as(args.model, path, which)
-    how = found.preprocessing(args.model)
-    model = convert.resized(found.model(args.model), how.size)
-    # Scanned layers compile in a fraction of the time.
-    model = registry.with_scan_layers(model, True)
-    names = trained.class_names(found.metadata) or imagenet_classes.names()
-    if len(names) != model.num_classes:
-      names = None
-    return _Loaded(model, found.convert_for(model), how, names)
+  # Scanned layers compile in a fraction of the time.
+  return pretrained.load(args.model, path, which, scan_layers=True)
+
+
+def _class_names(loaded: pretrained.Loaded) -> Sequence[str] | None:
+  """Names of the model's classes, if they are known."""
+  names = loaded.class_names or imagenet_classes.names()
+  return names if len(names) == loaded.model.num_classes else None
 
 
 def _predict_all(
-  loaded: _Loaded, args: argparse.Namespace
+  loaded: pretrained.Loaded, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
   """One entry per image, in order; unreadable ones have an "error"."""
 
@@ -131,6 +117,7 @@ def _predict_all(
     logits: Any = loaded.model.apply(variables, images)
     return jax.nn.softmax(logits, axis=-1)
 
+  class_names = _class_names(loaded)
   results = []
   total = len(args.images)
   # Few images do not fill a batch: no need to compute a whole one.
@@ -143,7 +130,7 @@ def _predict_all(
       rows = iter(np.asarray(probabilities(loaded.variables, batch)))
       for entry in entries:
         if "error" not in entry:
-          entry["predictions"] = _top(next(rows), args.top, loaded.class_names)
+          entry["predictions"] = _top(next(rows), args.top, class_names)
     results += entries
     _progress(len(results), total)
   return results

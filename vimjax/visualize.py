@@ -20,7 +20,7 @@ import numpy as np
 
 from vimjax import maps, optional, preprocessing, registry, variants
 from vimjax.layers import stack
-from vimjax.weights import convert, pretrained
+from vimjax.weights import pretrained
 
 # Dark blue, violet, red, yellow, white: brightness grows with the value.
 _COLOURS = np.array(
@@ -109,11 +109,8 @@ def _load(
     variables = jax.jit(scanned.init)(jax.random.key(0), image)
     usual = registry.get_variant(args.model).preprocessing
     return model, stack.unstack_layers(variables), usual
-  with pretrained.naming(args.weights):
-    found = pretrained.read_as(args.model, args.weights)
-    how = found.preprocessing(args.model)
-    model = convert.resized(found.model(args.model), how.size)
-    return model, found.convert_for(model), how
+  loaded = pretrained.load(args.model, args.weights)
+  return loaded.model, loaded.variables, loaded.preprocessing
 
 
 def _read(

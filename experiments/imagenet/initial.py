@@ -158,7 +158,9 @@ def metadata(
       names that are not those of all outputs say nothing of any.
   """
   overrides = config.model.overrides
-  numbered = class_names is None or len(class_names) != overrides.num_classes
+  classes = overrides.num_classes
+  if classes == _IMAGENET_CLASSES or len(class_names or ()) != classes:
+    class_names = None
   said = trained.describe(
     config.model.name,
     fields={
@@ -167,9 +169,7 @@ def metadata(
       if value is not None and name not in _NOT_OF_WEIGHTS
     },
     preprocessing=eval_images.of(config),
-    classes=None
-    if numbered or overrides.num_classes == _IMAGENET_CLASSES
-    else class_names,
+    classes=class_names,
   )
   said["data"] = config.data.name
   if initial and initial["license"]:

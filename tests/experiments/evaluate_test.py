@@ -160,7 +160,7 @@ class TestPreparation:
 
   def test_a_positional_embedding_tells_its_size(self, tiny, tmp_path):
     path = _weights(tmp_path / "a.safetensors", _config(), told=False)
-    found = pretrained.read_as("vim_tiny", path)
+    found = pretrained.read("vim_tiny", path)
     assert found.preprocessing("vim_tiny").size == 64
     assert found.preprocessing("vim_tiny", image_size=96).size == 96
 

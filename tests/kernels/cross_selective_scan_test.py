@@ -302,14 +302,13 @@ def test_a_mesh_splits_batch_and_channels_without_gathering(axis_type):
     _assert_close(got[name], want[name], 1e-5, name)
 
 
-def test_gradients_of_gradients_are_refused():
-  arrays = _arrays()
-  for implementation in (None, "mosaic_gpu_interpret"):
-    gradient = jax.grad(lambda x: _scan(x, implementation).sum())  # noqa: B023
-    with pytest.raises(
-      pallas_kernels.UnsupportedError, match="first derivatives only"
-    ):
-      jax.eval_shape(jax.grad(lambda x: gradient(x)["A"].sum()), arrays)  # noqa: B023
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu_interpret"])
+def test_gradients_of_gradients_are_refused(implementation):
+  gradient = jax.grad(lambda x: _scan(x, implementation).sum())
+  with pytest.raises(
+    pallas_kernels.UnsupportedError, match="first derivatives only"
+  ):
+    jax.eval_shape(jax.grad(lambda x: gradient(x)["A"].sum()), _arrays())
 
 
 def test_nan_propagates():

@@ -177,22 +177,18 @@ class Checkpoint:
     return (side - 1) * stride + model.patch_size
 
 
-def read_as(
-  name: str,
-  path: str | os.PathLike[str],
-  weights: checkpoint_files.Weights = "model",
-) -> Checkpoint:
-  """Reads a file as one of the model of that name; errors as in `read`."""
-  fields = trained.model_fields(checkpoint_files.read_metadata(path), name)
-  return read(registry.create_model(name, **fields), path, weights)
-
-
 def read(
-  model: nn.Module,
+  model_or_name: nn.Module | str,
   path: str | os.PathLike[str],
   weights: checkpoint_files.Weights = "model",
 ) -> Checkpoint:
   """Reads a file of official names or of ours.
+
+  Args:
+    model_or_name: A model of the family, or a name; of the model of that name
+      the file may say more.
+    path: The file.
+    weights: See `load_pretrained`.
 
   Raises:
     ValueError: It cannot be read (`CheckpointError`), or is of another family.
@@ -203,9 +199,69 @@ def read(
   if not checkpoint_files.is_ours(state_dict):
     return Checkpoint(state_dict, None, metadata)
   variables = checkpoint_files.unflatten(state_dict)
+  model = model_or_name
+  if isinstance(model, str):
+    fields = trained.model_fields(metadata, model)
+    model = registry.create_model(model, **fields)
   with _saying_whose(metadata):
     official = export.official_names(model, variables)
   return Checkpoint(official, variables, metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """What a command line needs to use a file of weights.
+
+  Attributes:
+    model: That of the file, for its image size.
+    variables: For the model.
+    preprocessing: How images for it are prepared.
+    class_names: Of its classes, if the file says them.
+    metadata: What the file says about itself.
+  """
+
+  model: Any
+  variables: dict[str, Any]
+  preprocessing: variants.Preprocessing
+  class_names: list[str] | None
+  metadata: Mapping[str, str]
+
+
+def load(
+  name: str,
+  path: str | os.PathLike[str],
+  weights: checkpoint_files.Weights = "model",
+  *,
+  image_size: int | None = None,
+  scan_layers: bool = False,
+  **fields: Any,
+) -> Loaded:
+  """Reads a file as one of the model of that name, and follows what it says.
+
+  Args:
+    name: One of `vimjax.list_models()`.
+    path: The file.
+    weights: See `load_pretrained`.
+    image_size: Instead of the weights' own, in pixels.
+    scan_layers: Whether the model scans its layers, if it has the choice.
+    **fields: Of the model, instead of the file's.
+
+  Raises:
+    ValueError: It cannot be read, or does not fit; the message has its name.
+    OSError: It cannot be read.
+  """
+  with naming(path):
+    found = read(name, path, weights)
+    how = found.preprocessing(name, image_size=image_size)
+    model = convert.resized(found.model(name, **fields), how.size)
+    model = registry.with_scan_layers(model, scan_layers)
+    return Loaded(
+      model=model,
+      variables=found.convert_for(model, image_size=image_size),
+      preprocessing=how,
+      class_names=trained.class_names(found.metadata),
+      metadata=found.metadata,
+    )
 
 
 @contextlib.contextmanager

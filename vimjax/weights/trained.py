@@ -55,8 +55,7 @@ def model_fields(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
   """
   if metadata.get(_MODEL) != name:
     return {}
-  fields = _parsed(metadata, _FIELDS, dict) or {}
-  return {key: _immutable(value) for key, value in fields.items()}
+  return _fields(metadata, _FIELDS)
 
 
 def class_names(metadata: Mapping[str, str]) -> list[str] | None:
@@ -84,11 +83,9 @@ def preprocessing(
   Raises:
     ValueError: The file's cannot be understood, or its images are not square.
   """
-  said = _parsed(metadata, _PREPROCESSING, dict) or {}
+  said = _fields(metadata, _PREPROCESSING)
   try:
-    how = dataclasses.replace(
-      otherwise, **{name: _immutable(value) for name, value in said.items()}
-    )
+    how = dataclasses.replace(otherwise, **said)
   except TypeError as error:
     raise _unknown(metadata, _PREPROCESSING) from error
   size = checkpoint_files.recorded_size(metadata)
@@ -111,6 +108,15 @@ def hint(metadata: Mapping[str, str]) -> str:
   return f"The file is of vimjax.create_model({', '.join(call)})."
 
 
+def _fields(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+  """What dataclasses are made of, whose sequences are tuples."""
+  said = _parsed(metadata, key, dict) or {}
+  return {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in said.items()
+  }
+
+
 def _parsed(metadata: Mapping[str, str], key: str, kind: type) -> Any:
   if key not in metadata:
     return None
@@ -126,7 +132,3 @@ def _parsed(metadata: Mapping[str, str], key: str, kind: type) -> Any:
 def _unknown(metadata: Mapping[str, str], key: str) -> ValueError:
   text = metadata[key][:200]
   return ValueError(f"the file's header has an unknown {key!r}: {text}")
-
-
-def _immutable(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value
