@@ -57,7 +57,8 @@ _PACKAGES = (
 
 
 def _fail(message: object, code: errors.ExitCode) -> int:
-  print(f"error: {message}", file=sys.stderr, flush=True)
+  # In one piece: other threads may be writing too.
+  print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
   return code
 
 
@@ -171,6 +172,8 @@ def main() -> None:
   from absl import app, flags, logging
   from ml_collections import config_flags
 
+  from experiments.imagenet import quiet
+
   config_flags.DEFINE_config_file("config", None, "Name or path.")
   flags.DEFINE_string("workdir", None, "Folder of the run.")
   flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
@@ -185,6 +188,7 @@ def main() -> None:
   flags.mark_flags_as_required(["config", "workdir"])
   # Orbax and TFDS tell at length what goes well.
   logging.set_verbosity(logging.WARNING)
+  quiet.install()
   app.run(_main, flags_parser=_parse)
 
 
