@@ -116,18 +116,7 @@ def start(run: run_lib.Run) -> tuple[state_lib.State, checkpoints.Record]:
   total = run.plan.total_steps
   restored = run.checkpoints.restore(shapes)
   if restored is None:
-    state = state_lib.make_state(run.model, run.tx, run.config, run.mesh)
-    initial = None
-    if run.config.init_from:
-      with jax.transfer_guard_host_to_device("allow"):
-        variables, initial = agreement.together(
-          lambda: initial_lib.load(run.config, run.model)
-        )
-        state = state_lib.with_variables(state, variables, run.mesh)
-      metrics.say(
-        f"initial weights: {initial['path']} (licence: "
-        f"{initial['license'] or 'unknown'})"
-      )
+    state, initial = _new_state(run)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     metrics.say(
       f"new run in {run.folder}: {run.config.model.name}, {parameters:,} "
@@ -147,6 +136,30 @@ def start(run: run_lib.Run) -> tuple[state_lib.State, checkpoints.Record]:
       )
   metrics.say(f"resumed {run.folder} from step {record.step} of {total}")
   return restored
+
+
+def _new_state(
+  run: run_lib.Run,
+) -> tuple[state_lib.State, dict[str, Any] | None]:
+  """The state of a new run, and where its weights are from if from a file."""
+  config, mesh = run.config, run.mesh
+  variables = initial = None
+  if config.init_from:
+    # First: what is wrong with a file should not wait for the compiler.
+    with jax.transfer_guard_host_to_device("allow"):
+      variables, initial = agreement.together(
+        lambda: initial_lib.load(config, run.model)
+      )
+  state = state_lib.make_state(run.model, run.tx, config, mesh)
+  if initial is None:
+    return state, None
+  with jax.transfer_guard_host_to_device("allow"):
+    state = state_lib.with_variables(state, variables, mesh)
+  metrics.say(
+    f"initial weights: {initial['path']} (licence: "
+    f"{initial['license'] or 'unknown'})"
+  )
+  return state, initial
 
 
 def train(

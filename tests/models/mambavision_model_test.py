@@ -395,6 +395,7 @@ def test_wrong_images_are_refused(images, message):
     (dict(dim=0), "dim must be a positive integer, got 0"),
     (dict(mlp_ratio=-1.0), "mlp_ratio must be positive, got -1.0"),
     (dict(depths=(1, 2, 3)), r"depths must be four positive integers, got \(1"),
+    (dict(num_heads=3), "num_heads must be four positive integers, got 3"),
     (dict(window_size=(8, 8, 14, 0)), "window_size must be four positive"),
     (dict(num_heads=(2, 4, 7, 16)), r"320 channels of stage 2 do not divide"),
     (dict(drop_path_rate=1.0), r"drop_path_rate must be in \[0, 1\), got 1"),

@@ -42,6 +42,23 @@ def test_overrides_replace_published_values():
   assert jnp.dtype(model.dtype) == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+  "name", ["vim_tiny", "vmamba_tiny_s1l8", "mambavision_tiny", "deit_tiny"]
+)
+def test_a_dtype_must_be_floating_point(name):
+  for dtype in (None, "float16", jnp.bfloat16, jnp.dtype("float64")):
+    assert vimjax.create_model(name, dtype=dtype).dtype == dtype
+  for field, value in [
+    ("dtype", "bf16"),
+    ("dtype", 16),
+    ("dtype", "int32"),
+    ("param_dtype", None),
+  ]:
+    message = f": {field} must be a floating point type, .* got {value!r}"
+    with pytest.raises(ValueError, match=message):
+      vimjax.create_model(name, **{field: value})
+
+
 def test_a_name_in_two_families_is_an_error():
   family = {"vim_tiny": vimjax.get_variant("vim_tiny")}
   with pytest.raises(ValueError, match="'vim_tiny'"):

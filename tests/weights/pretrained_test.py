@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors
 
 from tests import golden_data
 import vimjax
-from vimjax.weights import torch_writer, trained
+from vimjax.weights import pretrained, torch_writer, trained
 
 LEFT_OUT = ("layers.1", "layers.2")
 
@@ -201,6 +201,16 @@ def test_a_file_says_which_model_it_is_of(tmp_path):
   for damaged in ("[1]", "{"):
     with pytest.raises(ValueError, match="unknown 'model_fields'"):
       trained.model_fields(said | {"model_fields": damaged}, "vim_tiny")
+
+
+def test_a_field_of_a_newer_version_is_named():
+  how = vimjax.get_variant("vim_tiny").preprocessing
+  fields = {"depth": 2, "rope": True}
+  said = trained.describe("vim_tiny", fields=fields, preprocessing=how)
+  file = pretrained.Checkpoint({}, None, said)
+  with pytest.raises(ValueError, match=r"vim_tiny has the fields \['rope'\]"):
+    file.model("vim_tiny")
+  assert file.model("vim_small").depth == 24
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -22,15 +22,28 @@ def positive_integers(module: nn.Module, names: Sequence[str]) -> None:
 
 def depths(module: nn.Module, value: Any) -> None:
   """Raises ValueError unless they are positive integers, one or more."""
-  if (
-    not isinstance(value, Sequence)
-    or not value
-    or not all(isinstance(v, int) and v > 0 for v in value)
-  ):
+  if not _are_positive_integers(value) or not value:
     raise ValueError(
       f"{type(module).__name__}: depths must be positive integers, one per "
       f"stage, got {value!r}."
     )
+
+
+def four_positive_integers(module: nn.Module, names: Sequence[str]) -> None:
+  """Raises ValueError unless these fields are integers for four stages."""
+  for name in names:
+    value = getattr(module, name)
+    if not _are_positive_integers(value) or len(value) != 4:
+      raise ValueError(
+        f"{type(module).__name__}: {name} must be four positive integers, got "
+        f"{value!r}."
+      )
+
+
+def _are_positive_integers(value: Any) -> bool:
+  return isinstance(value, Sequence) and all(
+    isinstance(v, int) and v > 0 for v in value
+  )
 
 
 def positive(module: nn.Module, names: Sequence[str]) -> None:
@@ -65,6 +78,26 @@ def one_of(module: nn.Module, name: str, choices: Sequence[str]) -> None:
       f"{type(module).__name__}: {name} must be one of {list(choices)}, got "
       f"{value!r}."
     )
+
+
+def dtypes(module: nn.Module) -> None:
+  """Raises ValueError unless both are floating point; `dtype` may be None."""
+  for name in ("dtype", "param_dtype"):
+    value = getattr(module, name)
+    if name == "dtype" and value is None:
+      continue
+    if not _is_floating(value):
+      raise ValueError(
+        f"{type(module).__name__}: {name} must be a floating point type, such "
+        f"as 'float32' or 'bfloat16', got {value!r}."
+      )
+
+
+def _is_floating(value: Any) -> bool:
+  try:
+    return value is not None and jnp.issubdtype(value, jnp.floating)
+  except TypeError:
+    return False
 
 
 def probability(module: nn.Module, name: str) -> None:

@@ -118,6 +118,7 @@ class DeiT(nn.Module):
         f"num_heads={self.num_heads}."
       )
     checks.probability(self, "drop_path_rate")
+    checks.dtypes(self)
     attention.check_implementation("DeiT", self.attention_implementation)
     self.grid(self.image_size)
 

@@ -135,14 +135,7 @@ class MambaVision(nn.Module):
       self, ["num_classes", "dim", "in_dim", "state_size", "conv_size"]
     )
     checks.positive(self, ["mlp_ratio"])
-    for name in ("depths", "num_heads", "window_size"):
-      value = getattr(self, name)
-      if len(value) != 4 or not all(
-        isinstance(v, int) and v > 0 for v in value
-      ):
-        raise ValueError(
-          f"MambaVision: {name} must be four positive integers, got {value!r}."
-        )
+    checks.four_positive_integers(self, ["depths", "num_heads", "window_size"])
     for i in (2, 3):
       if (self.dim * 2**i) % self.num_heads[i]:
         raise ValueError(
@@ -150,6 +143,7 @@ class MambaVision(nn.Module):
           f"into num_heads[{i}]={self.num_heads[i]}."
         )
     checks.probability(self, "drop_path_rate")
+    checks.dtypes(self)
     attention.check_implementation("MambaVision", self.attention_implementation)
 
   def __call__(

@@ -135,6 +135,7 @@ class Vim(nn.Module):
     checks.one_of(self, "class_token", get_args(ClassToken))
     checks.one_of(self, "pos_embed_resize", get_args(PosEmbedResize))
     checks.probability(self, "drop_path_rate")
+    checks.dtypes(self)
     self.grid(self.image_size)
 
   @nn.nowrap  # No part of the computation.

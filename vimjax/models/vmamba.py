@@ -100,6 +100,7 @@ class VMamba(nn.Module):
     checks.one_of(self, "stem", get_args(pyramid.Stem))
     checks.one_of(self, "downsample", get_args(pyramid.Downsample))
     checks.probability(self, "drop_path_rate")
+    checks.dtypes(self)
     if self.conv_size % 2 == 0:
       raise ValueError(f"VMamba: conv_size must be odd, got {self.conv_size}.")
 

@@ -115,7 +115,7 @@ class Checkpoint:
     That is the size of the classifier, and the fields that a run of
     `experiments` recorded; others can be given.
     """
-    fields = {**trained.model_fields(self.metadata, name), **fields}
+    fields = {**_recorded_fields(self.metadata, name), **fields}
     heads = [
       key
       for key in self.state_dict
@@ -201,7 +201,7 @@ def read(
   variables = checkpoint_files.unflatten(state_dict)
   model = model_or_name
   if isinstance(model, str):
-    fields = trained.model_fields(metadata, model)
+    fields = _recorded_fields(metadata, model)
     model = registry.create_model(model, **fields)
   with _saying_whose(metadata):
     official = export.official_names(model, variables)
@@ -262,6 +262,19 @@ def load(
       class_names=trained.class_names(found.metadata),
       metadata=found.metadata,
     )
+
+
+def _recorded_fields(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+  """Fields that a file says its model has, all of them known here."""
+  fields = trained.model_fields(metadata, name)
+  known = registry.field_names(registry.get_variant(name).module)
+  unknown = sorted(set(fields) - set(known))
+  if unknown:
+    raise ValueError(
+      f"the file says that its {name} has the fields {unknown}, which are "
+      "unknown here; a newer version of vimjax may have written it."
+    )
+  return fields
 
 
 @contextlib.contextmanager
