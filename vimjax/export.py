@@ -53,19 +53,23 @@ def export_model(
   """
   optional.require("flatbuffers", extra="export")
   (b,) = export.symbolic_shape("b")
-  images = jax.ShapeDtypeStruct((b, *_image_shape(image_size)), jnp.float32)
+  images = jax.ShapeDtypeStruct(
+    (b, *_image_shape(model, image_size)), jnp.float32
+  )
   function = jax.jit(lambda images: model.apply(variables, images))
   return bytes(export.export(function)(images).serialize())
 
 
-def _image_shape(image_size: int | tuple[int, int]) -> tuple[int, int, int]:
+def _image_shape(
+  model: nn.Module, image_size: int | tuple[int, int]
+) -> tuple[int, int, int]:
   h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
-  return h, w, 3
+  return h, w, model.in_chans
 
 
 def load_exported(
   data: bytes,
-) -> Callable[[Float[Array, "b h w 3"]], Float[Array, "b classes"]]:
+) -> Callable[[Float[Array, "b h w c"]], Float[Array, "b classes"]]:
   """The function in what `export_model` gave.
 
   Raises:
@@ -86,9 +90,9 @@ def export_onnx(
 ) -> bytes:
   """An ONNX program that maps images to logits, with the variables in it.
 
-  Its input is `images`, (batch, h, w, 3) float32 with a batch of any size from
-  1, its output `logits`, (batch, classes) float32. Scanned layers load much
-  faster than layers one by one.
+  Its input is `images`, (batch, h, w, in_chans) float32 with a batch of any
+  size from 1, its output `logits`, (batch, classes) float32. Scanned layers
+  load much faster than layers one by one.
 
   Args:
     model: A model of this package that computes in float32.
@@ -114,7 +118,7 @@ def export_onnx(
   fields: Any = {name: x for name, x in _PLAIN.items() if name in known}
   plain: Any = model.clone(**fields)
   function = lambda images: plain.apply(variables, images)
-  return onnx_program.write(function, _image_shape(image_size))
+  return onnx_program.write(function, _image_shape(model, image_size))
 
 
 _FORMATS: Final = {"stablehlo": export_model, "onnx": export_onnx}

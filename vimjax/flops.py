@@ -116,7 +116,7 @@ def parameters(model: nn.Module, size: int | tuple[int, int]) -> int:
 def _shapes(model: nn.Module, size: int | tuple[int, int]) -> tuple[Any, Any]:
   """Shapes of one image, and of the variables."""
   h, w = (size, size) if isinstance(size, int) else size
-  image = jax.ShapeDtypeStruct((1, h, w, 3), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, h, w, model.in_chans), jnp.float32)
   return image, jax.eval_shape(model.init, jax.random.key(0), image)
 
 

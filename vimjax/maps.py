@@ -19,7 +19,7 @@ _Path = tuple[str, ...]
 
 
 def effective_receptive_field(
-  model: nn.Module, variables: Any, images: Float[Array, "b h w 3"]
+  model: nn.Module, variables: Any, images: Float[Array, "b h w c"]
 ) -> Float[Array, "h w"]:
   """How much the middle of the last feature map depends on each pixel.
 
@@ -98,7 +98,7 @@ class MixingLayer:
 
 
 def mixing_layers(
-  model: nn.Module, variables: Any, images: Float[Array, "b h w 3"]
+  model: nn.Module, variables: Any, images: Float[Array, "b h w c"]
 ) -> list[MixingLayer]:
   """The layers whose `token_attention` can be asked for, in their order."""
   found: dict[_Path, MixingLayer] = {}
@@ -131,7 +131,7 @@ def mixing_layers(
 def token_attention(
   model: nn.Module,
   variables: Any,
-  images: Float[Array, "b h w 3"],
+  images: Float[Array, "b h w c"],
   *,
   layer: int = -1,
   token: tuple[int, int] | None = None,

@@ -36,11 +36,11 @@ _UNCHANGED: Final = ("copy", "copy_p", "optimization_barrier", "stop_gradient")
 def write(
   function: Callable[[jax.Array], jax.Array], image_shape: tuple[int, int, int]
 ) -> bytes:
-  """The program, from `images` (batch, h, w, 3) float32 to `logits`.
+  """The program, from `images` (batch, h, w, c) float32 to `logits`.
 
   Args:
     function: To be traced; arrays that it uses become constants.
-    image_shape: (h, w, 3).
+    image_shape: (h, w, c).
 
   Raises:
     ModuleNotFoundError: The extra `onnx` is not installed.

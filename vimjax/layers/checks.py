@@ -149,22 +149,23 @@ def image_size(owner: str, size: Any) -> tuple[int, int]:
   return sides
 
 
-def images(module: nn.Module, x: Any) -> None:
-  """Raises unless x is an array of (b, h, w, 3) and floating point.
+def images(module: Any, x: Any) -> None:
+  """Raises unless x is an array of (b, h, w, in_chans) and floating point.
 
   Raises:
     TypeError: It is no array.
     ValueError: It has another shape or dtype.
   """
+  channels = module.in_chans
   if not hasattr(x, "shape") or not hasattr(x, "dtype"):
     raise TypeError(
       f"{type(module).__name__}: images must be an array of shape (batch, "
-      f"height, width, 3), got a {type(x).__name__}; see jnp.asarray."
+      f"height, width, {channels}), got a {type(x).__name__}; see jnp.asarray."
     )
-  if x.ndim != 4 or x.shape[-1] != 3:
+  if x.ndim != 4 or x.shape[-1] != channels:
     raise ValueError(
       f"{type(module).__name__}: images must have shape (batch, height, width, "
-      f"3), got {x.shape}."
+      f"{channels}), got {x.shape}."
     )
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(

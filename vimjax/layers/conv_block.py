@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b h w 3"], *, train: bool = False
+    self, x: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b rows columns d"]:
     """Embeds images; a side of s pixels gives ceil(s / 4) rows or columns."""
     dtypes: dict[str, Any] = dict(

@@ -73,6 +73,7 @@ class DeiT(nn.Module):
 
   Attributes:
     num_classes: Outputs of the head.
+    in_chans: Channels of the images; 3 are red, green and blue.
     image_size: Side, or (h, w), that the positional embedding is made for.
     patch_size: Side of a patch in pixels.
     depth: Layers.
@@ -93,6 +94,7 @@ class DeiT(nn.Module):
   """
 
   num_classes: int = 1000
+  in_chans: int = 3
   image_size: int | tuple[int, int] = 224
   patch_size: int = 16
   depth: int = 12
@@ -109,7 +111,14 @@ class DeiT(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
-    sizes = ["num_classes", "patch_size", "depth", "embed_dim", "num_heads"]
+    sizes = [
+      "num_classes",
+      "in_chans",
+      "patch_size",
+      "depth",
+      "embed_dim",
+      "num_heads",
+    ]
     checks.positive_integers(self, sizes)
     checks.positive(self, ["mlp_ratio"])
     if self.embed_dim % self.num_heads:
@@ -153,7 +162,7 @@ class DeiT(nn.Module):
     )
 
   def __call__(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b classes"]:
     """Classifies images.
 
@@ -171,13 +180,13 @@ class DeiT(nn.Module):
     return self._run(images, train, "logits")
 
   def pooled(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     """The normalised class token, before the head."""
     return self._run(images, train, "pooled")
 
   def features(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b rows columns d"]:
     """The normalised patch tokens as a grid, without the class token."""
     return self._run(images, train, "features")
@@ -185,7 +194,7 @@ class DeiT(nn.Module):
   @nn.compact
   def _run(
     self,
-    images: Float[Array, "b h w 3"],
+    images: Float[Array, "b h w c"],
     train: bool,
     output: Literal["logits", "pooled", "features"],
   ) -> Array:
@@ -218,7 +227,7 @@ class DeiT(nn.Module):
     )(x)
 
   def _embed(
-    self, images: Float[Array, "b h w 3"], wide: jnp.dtype
+    self, images: Float[Array, "b h w c"], wide: jnp.dtype
   ) -> Float[Array, "b l d"]:
     """The class token and the patches, and where each of them is."""
     d, p = self.embed_dim, self.patch_size
@@ -228,7 +237,7 @@ class DeiT(nn.Module):
       strides=p,
       padding="VALID",
       kernel_init=basic.torch_linear(),
-      bias_init=basic.uniform((3 * p * p) ** -0.5),  # PyTorch's.
+      bias_init=basic.uniform((self.in_chans * p * p) ** -0.5),  # PyTorch's.
       precision=self.precision,
       dtype=images.dtype,
       param_dtype=self.param_dtype,

@@ -91,6 +91,7 @@ class MambaVision(nn.Module):
 
   Attributes:
     num_classes: Outputs of the head.
+    in_chans: Channels of the images; 3 are red, green and blue.
     dim: Channels of the first stage; each next one has twice as many.
     in_dim: Channels between the first two convolutions.
     depths: Blocks of each stage: two of convolutions, two of windows.
@@ -112,6 +113,7 @@ class MambaVision(nn.Module):
   """
 
   num_classes: int = 1000
+  in_chans: int = 3
   dim: int = 80
   in_dim: int = 32
   depths: tuple[int, int, int, int] = (1, 3, 8, 4)
@@ -132,7 +134,8 @@ class MambaVision(nn.Module):
   def __post_init__(self):
     super().__post_init__()
     checks.positive_integers(
-      self, ["num_classes", "dim", "in_dim", "state_size", "conv_size"]
+      self,
+      ["num_classes", "in_chans", "dim", "in_dim", "state_size", "conv_size"],
     )
     checks.positive(self, ["mlp_ratio"])
     checks.four_positive_integers(self, ["depths", "num_heads", "window_size"])
@@ -147,7 +150,7 @@ class MambaVision(nn.Module):
     attention.check_implementation("MambaVision", self.attention_implementation)
 
   def __call__(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b classes"]:
     """Classifies images.
 
@@ -165,13 +168,13 @@ class MambaVision(nn.Module):
     return self._run(images, train, "logits")
 
   def pooled(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     """The mean of the normalised last map, before the head."""
     return self._run(images, train, "pooled")
 
   def features(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> tuple[Float[Array, "b rows columns channels"], ...]:
     """The maps at the end of the four stages, at strides 4, 8, 16 and 32.
 
@@ -184,7 +187,7 @@ class MambaVision(nn.Module):
   @nn.compact
   def _run(
     self,
-    images: Float[Array, "b h w 3"],
+    images: Float[Array, "b h w c"],
     train: bool,
     output: Literal["logits", "pooled", "features"],
   ) -> Any:

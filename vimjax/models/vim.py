@@ -23,6 +23,7 @@ PosEmbedResize = Literal["class_aware", "official"]
 
 _SIZES: Final = (
   "num_classes",
+  "in_chans",
   "patch_size",
   "stride",
   "depth",
@@ -82,6 +83,7 @@ class Vim(nn.Module):
 
   Attributes:
     num_classes: Outputs of the head.
+    in_chans: Channels of the images; 3 are red, green and blue.
     image_size: Side, or (h, w), that the positional embedding is made for.
     patch_size: Side of a patch in pixels.
     stride: Pixels from patch to patch.
@@ -108,6 +110,7 @@ class Vim(nn.Module):
   """
 
   num_classes: int = 1000
+  in_chans: int = 3
   image_size: int | tuple[int, int] = 224
   patch_size: int = 16
   stride: int = 16
@@ -180,7 +183,7 @@ class Vim(nn.Module):
     )
 
   def __call__(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b classes"]:
     """Classifies images.
 
@@ -197,7 +200,7 @@ class Vim(nn.Module):
     return self._run(images, train, "logits")
 
   def pooled(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     """The normalised class token, or mean of all tokens, before the head.
 
@@ -206,7 +209,7 @@ class Vim(nn.Module):
     return self._run(images, train, "pooled")
 
   def features(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b rows columns d"]:
     """The normalised patch tokens as a grid, without the class token.
 
@@ -217,7 +220,7 @@ class Vim(nn.Module):
   @nn.compact
   def _run(
     self,
-    images: Float[Array, "b h w 3"],
+    images: Float[Array, "b h w c"],
     train: bool,
     output: Literal["logits", "pooled", "features"],
   ) -> Array:
@@ -252,7 +255,7 @@ class Vim(nn.Module):
     )(x)
 
   def _embed(
-    self, images: Float[Array, "b h w 3"], wide: jnp.dtype
+    self, images: Float[Array, "b h w c"], wide: jnp.dtype
   ) -> Float[Array, "b l d"]:
     """Patches, the class token among them, and where each of them is."""
     b, d = images.shape[0], self.embed_dim

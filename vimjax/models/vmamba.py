@@ -19,7 +19,13 @@ import pallas_kernels
 from vimjax import variants
 from vimjax.layers import basic, checks, pyramid, ss2d
 
-_SIZES: Final = ("num_classes", "embed_dim", "state_size", "conv_size")
+_SIZES: Final = (
+  "num_classes",
+  "in_chans",
+  "embed_dim",
+  "state_size",
+  "conv_size",
+)
 
 
 class VMamba(nn.Module):
@@ -39,6 +45,7 @@ class VMamba(nn.Module):
 
   Attributes:
     num_classes: Outputs of the head.
+    in_chans: Channels of the images; 3 are red, green and blue.
     depths: Blocks of each stage; each stage after the first has half the
       resolution and twice the channels of the one before.
     embed_dim: Channels d of the first stage.
@@ -66,6 +73,7 @@ class VMamba(nn.Module):
   """
 
   num_classes: int = 1000
+  in_chans: int = 3
   depths: tuple[int, ...] = (2, 2, 8, 2)
   embed_dim: int = 96
   mixer: ss2d.Mixer = "selective_scan"
@@ -105,7 +113,7 @@ class VMamba(nn.Module):
       raise ValueError(f"VMamba: conv_size must be odd, got {self.conv_size}.")
 
   def __call__(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b classes"]:
     """Classifies images.
 
@@ -122,13 +130,13 @@ class VMamba(nn.Module):
     return self._run(images, train, "logits")
 
   def pooled(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> Float[Array, "b d"]:
     """The mean of the normalised last feature map, before the head."""
     return self._run(images, train, "pooled")
 
   def features(
-    self, images: Float[Array, "b h w 3"], *, train: bool = False
+    self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> tuple[Float[Array, "b i j d"], ...]:
     """What each stage computes, from stride 4 to stride 32.
 
@@ -142,7 +150,7 @@ class VMamba(nn.Module):
   @nn.compact
   def _run(
     self,
-    images: Float[Array, "b h w 3"],
+    images: Float[Array, "b h w c"],
     train: bool,
     output: Literal["logits", "pooled", "features"],
   ) -> Any:

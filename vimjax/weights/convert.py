@@ -20,6 +20,7 @@ from vimjax.models import vim as vim_model
 from vimjax.models import vmamba as vmamba_model
 from vimjax.weights import (
   deit,
+  input_channels,
   mambavision,
   pos_embed,
   published,
@@ -41,6 +42,7 @@ class Family:
     ignored: Patterns of official keys without a place here, and why.
     adapt: Fits arrays to a model: other layouts, other image sizes.
     restore: Adds to an exported state dict what was ignored.
+    stem: Official key of the convolution that reads the images.
     smallest_side: Side of a small image that a model takes.
     head: Official key of the classifier's weight, (classes, features), and all
       keys that a new classifier replaces.
@@ -48,6 +50,7 @@ class Family:
 
   rules: Callable[[Any], Sequence[rules.Rule]]
   ignored: Mapping[str, str]
+  stem: str = "patch_embed.proj.weight"
   adapt: Callable[[Any, _StateDict, pos_embed.Origin], _StateDict] = (
     lambda _, arrays, __: arrays
   )
@@ -66,6 +69,7 @@ FAMILIES: Final[dict[type[nn.Module], Family]] = {
   mambavision_model.MambaVision: Family(
     rules=lambda _: mambavision.RULES,
     ignored=mambavision.IGNORED,
+    stem="patch_embed.conv_down.0.weight",
     restore=mambavision.restore,
   ),
   deit_model.DeiT: Family(
@@ -77,6 +81,7 @@ FAMILIES: Final[dict[type[nn.Module], Family]] = {
   vmamba_model.VMamba: Family(
     rules=vmamba.rules_for,
     ignored=vmamba.IGNORED,
+    stem="patch_embed.0.weight",
     adapt=vmamba.adapt,
     head=vmamba.HEAD,
   ),
@@ -97,10 +102,12 @@ def convert_state_dict(
   """Converts an official state dict to variables for `model.apply`.
 
   Every official key must be used once and every parameter filled once. A
-  classifier of another size than the model's is replaced by a new one, and a
-  positional embedding of another grid is resized, each with a log line. A state
-  dict does not say of which grid it is: a square one is assumed if the number
-  of patches allows, otherwise that of the model's own `image_size`.
+  classifier of another size than the model's is replaced by a new one, a
+  convolution that reads three channels is fitted to the model's `in_chans` (as
+  in timm), and a positional embedding of another grid is resized, each with a
+  log line. A state dict does not say of which grid it is: a square one is
+  assumed if the number of patches allows, otherwise that of the model's own
+  `image_size`.
 
   Args:
     model_or_name: A model, or a name for `create_model`. The variables have its
@@ -230,7 +237,7 @@ def shapes(model: Any, family: Family) -> dict[str, jax.ShapeDtypeStruct]:
   """Our paths and what belongs there, with layers that are not stacked."""
   model = registry.with_scan_layers(model, False)
   side = family.smallest_side(model)
-  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, side, side, model.in_chans), jnp.float32)
   return flatten(jax.eval_shape(model.init, jax.random.key(0), image))
 
 
@@ -306,7 +313,8 @@ def _fitted(
       f"pos_embed has the grid of {other!r}: choose that model, or pass "
       f"image_size={model.image_size} to resize it on purpose."
     )
-  return family.adapt(model, arrays, origin)
+  arrays = family.adapt(model, arrays, origin)
+  return input_channels.adapt(arrays, family.stem, model.in_chans)
 
 
 def _head_change(model: Any, family: Family, arrays: _StateDict) -> str | None:
@@ -336,7 +344,7 @@ def _initialise(
 
   @jax.jit  # So that XLA drops everything else.
   def init(key: Array | None) -> dict[str, Array]:
-    flat = flatten(model.init(key, jnp.zeros((1, side, side, 3))))
+    flat = flatten(model.init(key, jnp.zeros((1, side, side, model.in_chans))))
     return {path: flat[path] for path in paths}
 
   return init(rng)

@@ -10,8 +10,8 @@ from vimjax import registry, variants
 
 # Fields with which a model can still have the published weights.
 _FREE: Final = frozenset(
-  "num_classes image_size drop_path_rate pos_embed_resize scan_layers remat "
-  "scan_implementation attention_implementation precision dtype "
+  "num_classes in_chans image_size drop_path_rate pos_embed_resize scan_layers "
+  "remat scan_implementation attention_implementation precision dtype "
   "param_dtype".split()
 )
 
