@@ -14,9 +14,9 @@ from vimjax import maps, visualize
 MODELS = {
   "vim": lambda: vimjax.Vim(depth=2, embed_dim=16, num_classes=4),
   "deit": lambda: vimjax.DeiT(depth=2, embed_dim=16, num_heads=2),
-  "vmamba": lambda: vimjax.VMamba(depths=(1, 1, 1, 1), embed_dim=8),
+  "vmamba": lambda: vimjax.VMamba(depths=(1, 1), embed_dim=8),
   "mamba2": lambda: vimjax.VMamba(
-    depths=(1, 1, 1, 1), embed_dim=16, mixer="ssd", state_size=4
+    depths=(1, 1), embed_dim=16, mixer="ssd", state_size=4
   ),
   "mambavision": lambda: vimjax.MambaVision(
     dim=8, in_dim=8, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 4)
@@ -95,7 +95,7 @@ def test_softmax_attention_is_the_mean_of_the_heads():
   ("name", "layer", "grid"),
   [
     ("vim", 0, (4, 6)),
-    ("vmamba", -1, (2, 3)),
+    ("vmamba", -1, (8, 12)),
     ("mamba2", 1, (8, 12)),
     ("mambavision", 0, (4, 6)),
     ("mambavision", 1, (4, 6)),

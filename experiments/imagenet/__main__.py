@@ -57,8 +57,7 @@ _PACKAGES = (
 
 
 def _fail(message: object, code: errors.ExitCode) -> int:
-  # In one piece: other threads may be writing too.
-  print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
+  errors.tell(message)
   return code
 
 

@@ -1,6 +1,7 @@
 """How a run can end: exit codes, and the errors that lead to them."""
 
 import enum
+import sys
 
 from experiments.datasets import records
 
@@ -107,6 +108,12 @@ class ConflictError(RunError):
   """The working directory holds a run of an incompatible configuration."""
 
   exit_code = ExitCode.CONFIG_CONFLICT
+
+
+def tell(message: object) -> None:
+  """Says on standard error, in a line of its own, what ends a run."""
+  # In one piece: other threads may be writing too.
+  print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
 
 
 def exit_code(error: Exception) -> ExitCode | None:

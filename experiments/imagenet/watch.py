@@ -77,7 +77,7 @@ class Watch:
       return
     self._tell(said)
     if not self._ending.wait(seconds):
-      print(f"error: {said['message']}", file=sys.stderr, flush=True)
+      errors.tell(said["message"])
       self._exit(said["code"])
 
   def _tell(self, said: dict) -> None:

@@ -77,27 +77,31 @@ def _assert_ends_like(workdir, whole):
 @pytest.mark.parametrize("times", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_kill_9_at_random_times_loses_nothing(job, whole, tmp_path, times):
   rng = random.Random(times)
+  often = "--config.checkpoint.every_epochs=0.2"
   # Two kills while the program starts, the others while it trains and saves.
   for delay in (rng.uniform(0, 2), rng.uniform(0, 4)):
-    process = job.start(tmp_path)
+    process = job.start(tmp_path, often)
     time.sleep(delay)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
   for step in sorted(rng.sample(range(2, job_lib.TOTAL_STEPS - 8), times)):
-    process = job.start(tmp_path)
+    process = job.start(tmp_path, often)
     job_lib.wait_for_step(process, step)
     time.sleep(rng.uniform(0, 0.1))
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-  code, out, err = job.run(tmp_path)
+  code, out, err = job.run(tmp_path, often)
   assert code == 0, err
   assert "resumed" in out
   _assert_ends_like(tmp_path, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "number",
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+)
 def test_a_signal_saves_and_the_next_run_goes_on(job, whole, tmp_path, number):
   process = job.start(tmp_path)
   job_lib.wait_for_step(process, 7)

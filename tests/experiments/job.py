@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 _ROOT = pathlib.Path(__file__).parents[2]
 
 # One layer of 16 channels on 32 pixels; 20 steps an epoch, each image once, and
-# a checkpoint every 4 steps. Less is mixed than in the recipe: there is little
+# a checkpoint every 8 steps. Less is mixed than in the recipe: there is little
 # time to learn.
 TINY = (
   "--config=vim_tiny:smoke",
@@ -29,7 +29,7 @@ TINY = (
   "--config.eval_batch_size=80",
   "--config.epochs=5.0",
   "--config.eval_every_epochs=1.0",
-  "--config.checkpoint.every_epochs=0.2",
+  "--config.checkpoint.every_epochs=0.4",
   "--config.log.every_steps=2",
 )
 TOTAL_STEPS = 100
