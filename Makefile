@@ -1,6 +1,6 @@
 # make demo       train a small Vim on real images, evaluate it, print the result
 # make test       lint, types and the test suite
-# make test-long  what the suite leaves out because it takes minutes: a step of
+# make test-long  the slowest tests, which the suite leaves out: a step of
 #                 every single recipe, say
 #
 # All make .venv on first use; nothing but Python >= 3.12, git and make is

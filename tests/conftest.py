@@ -1,5 +1,6 @@
 """Set-up that every test shares."""
 
+import gc
 import os
 
 import jax
@@ -32,5 +33,8 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(pytest.mark.skip(reason="left to `make test-long`"))
 
 
+# Tracing makes many small objects beside the large heap of a long session: with
+# Python's thresholds a twelfth of the time goes into looking for garbage.
+gc.set_threshold(100_000, 50, 100)
 # Eight virtual devices: mesh tests need them, and other tests run on the first.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -102,6 +102,7 @@ def own_cache():
   compilation_cache.reset_cache()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("own_cache")
 def test_the_command_trains_grid_and_seeds_and_repeats_nothing(
   tmp_path, monkeypatch, capsys

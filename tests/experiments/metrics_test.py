@@ -250,6 +250,7 @@ class TestWandb:
     assert "pip install 'vimjax[wandb]'" in str(caught.value)
     assert caught.value.exit_code == errors.ExitCode.UNAVAILABLE
 
+  @pytest.mark.long
   def test_a_whole_run_with_a_failure_on_the_way(
     self, fake, job, tmp_path, monkeypatch
   ):

@@ -394,7 +394,11 @@ def test_remat_recomputes_the_same_drop_path_in_less_memory():
 
 
 @pytest.mark.parametrize(
-  "context", [jax.set_mesh, contextlib.nullcontext], ids=["set", "of_arrays"]
+  "context",
+  [
+    pytest.param(jax.set_mesh, id="set", marks=pytest.mark.long),
+    pytest.param(contextlib.nullcontext, id="of_arrays"),
+  ],
 )
 def test_a_mesh_of_explicit_axes_gives_the_same_numbers(context):
   model, variables, images = _small(
