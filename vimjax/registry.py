@@ -81,11 +81,15 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
       f"{variant.module.__name__} ({name!r}) has no field {unknown}; fields "
       f"are {fields}."
     )
-  # JSON and command lines have lists, which a hashable module cannot.
-  given = {
-    k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()
-  }
-  return variant.module(**{**variant.fields, **given})
+  return variant.module(**{**variant.fields, **with_tuples(overrides)})
+
+
+def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """The same with tuples for lists.
+
+  JSON and command lines have lists, which nothing hashable can have.
+  """
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def any_model(module: type[nn.Module]) -> Any:

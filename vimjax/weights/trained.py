@@ -11,7 +11,7 @@ import dataclasses
 import json
 from typing import Any, Final
 
-from vimjax import variants
+from vimjax import registry, variants
 from vimjax.weights import checkpoint_files
 
 _MODEL: Final = "model"
@@ -110,11 +110,7 @@ def hint(metadata: Mapping[str, str]) -> str:
 
 def _fields(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
   """What dataclasses are made of, whose sequences are tuples."""
-  said = _parsed(metadata, key, dict) or {}
-  return {
-    name: tuple(value) if isinstance(value, list) else value
-    for name, value in said.items()
-  }
+  return registry.with_tuples(_parsed(metadata, key, dict) or {})
 
 
 def _parsed(metadata: Mapping[str, str], key: str, kind: type) -> Any:
